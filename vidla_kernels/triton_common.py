@@ -1,0 +1,38 @@
+"""What all Triton kernels share: the legend of names, and arithmetic that is right compiled and interpreted.
+
+Legend: B batch, T frames, N patches a frame, G summary tokens, H heads, D head dimension, BD = D rounded up to a power of
+two. i_ program index, o_ offsets, m_ mask, p_ pointer, b_ tile; _s strides in elements. Scores are kept in base 2:
+exp(x) = exp2(x * LOG2E). Sums and softmax in fp32, products in the input dtype.
+
+Triton's interpreter computes bfloat16 on the raw 16 bits, so products, sums and roundings of bfloat16 come out as garbage.
+Kernels therefore multiply only through `dot` and round only through `to`, which compiled code reduces to one instruction.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+LOG2E = tl.constexpr(1.4426950408889634)
+# The score of a pair that may not see each other. Finite: -inf - -inf is NaN where a whole tile of a row is hidden.
+HIDDEN = tl.constexpr(-1.0e30)
+
+
+@triton.jit
+def dot(a, b):
+    """a @ b in fp32, with fp32 operands at full precision."""
+    if INTERPRET:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def to(x, dtype: tl.constexpr):
+    """fp32 -> dtype, to nearest even (the interpreter would truncate)."""
+    if INTERPRET:  # noqa: SIM102 - a constexpr branch, then a dtype branch
+        if dtype == tl.bfloat16:
+            bits = x.to(tl.uint32, bitcast=True)
+            x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(dtype)
