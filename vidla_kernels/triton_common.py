@@ -36,3 +36,8 @@ def to(x, dtype: tl.constexpr):
             bits = x.to(tl.uint32, bitcast=True)
             x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
     return x.to(dtype)
+
+
+def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
+    """Run a kernel. Every launch of the library goes through here, so that a test can compile all of them ahead of time."""
+    kernel[grid](*args, **options)
