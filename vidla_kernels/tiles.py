@@ -1,0 +1,82 @@
+"""Tile sizes of every Triton kernel, apart from the maths: which configuration runs where, and why.
+
+Kernels take these numbers as constexprs and decide nothing. A change here needs a measurement or, without a GPU, the
+ahead-of-time test, which compiles every row for every architecture and asserts that no register spills.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+HEAD_DIMS = (32, 64, 80, 96, 128)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Architecture for tensors that are on no GPU: the interpreter, and ahead-of-time compilation, which patches it.
+DEFAULT_ARCH = 80
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One configuration of one kernel.
+
+    Args:
+        rows: query rows in a tile (tl.arange needs a power of two).
+        keys: key rows in a tile.
+        warps: warps in a program.
+        stages: software pipeline stages of the loop over key tiles (1: no pipeline).
+    """
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int = 1
+
+
+# (kernel, architectures, "half" or "fp32", head dimensions) -> tiles, smallest first where a kernel has several to choose
+# from. fp16 and bf16 share rows: same bytes, same instructions. fp32 multiplies at full precision, which means FMA loops
+# whose operands sit in registers, so its tiles are smaller.
+_ROWS: dict[tuple[str, tuple[int, ...], str, tuple[int, ...]], tuple[Tile, ...]] = {
+    ("tube_forward", (80, 90), "half", HEAD_DIMS): (Tile(64, 64, 4),),
+    ("tube_forward", (80, 90), "fp32", HEAD_DIMS): (Tile(32, 32, 4),),
+    ("tube_backward", (80, 90), "half", HEAD_DIMS): (Tile(64, 64, 4),),
+    ("tube_backward", (80, 90), "fp32", HEAD_DIMS): (Tile(32, 32, 4),),
+}
+
+TABLE: dict[tuple[str, int, str, int], tuple[Tile, ...]] = {
+    (kernel, arch, kind, D): choice for (kernel, archs, kind, dims), choice in _ROWS.items() for arch in archs for D in dims
+}
+
+
+def unsupported(dtype: torch.dtype, D: int) -> str | None:
+    """None if the table has rows for this dtype and head dimension, else the sentence why not."""
+    if D not in HEAD_DIMS:
+        return f"head dimension {D}: the triton backend has {', '.join(map(str, HEAD_DIMS))}"
+    if dtype not in DTYPES:
+        return f"dtype {dtype}: the triton backend has float16, bfloat16, float32"
+    return None
+
+
+def arch(device: torch.device) -> int:
+    """The architecture whose rows serve this device: 80 or 90 (163 and 227 KB of shared memory, mma.sync and wgmma).
+
+    Raises:
+        ValueError: an NVIDIA GPU older than compute capability 8.0, which has no bfloat16.
+    """
+    if device.type != "cuda":
+        return DEFAULT_ARCH
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise ValueError(f"{device} has compute capability {major}.{minor}; the triton backend needs 8.0 or later")
+    return 90 if major in (9, 10, 11) else 80  # 12.x (consumer Blackwell) has mma.sync and little shared memory, like 8.x
+
+
+def lookup(kernel: str, device: torch.device, dtype: torch.dtype, D: int) -> tuple[Tile, ...]:
+    """The configurations of a kernel for tensors of this dtype and head dimension on this device, smallest first.
+
+    Raises:
+        ValueError: no row; the message is that of `unsupported`.
+    """
+    if reason := unsupported(dtype, D):
+        raise ValueError(reason)
+    return TABLE[kernel, arch(device), "fp32" if dtype == torch.float32 else "half", D]
