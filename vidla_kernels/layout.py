@@ -170,7 +170,13 @@ class TokenLayout:
             first = 1 + level * self.tokens_per_level
             row = self.summary_rows[first]
             seen = -(-self.frames // stride)
-            which = "every frame" if stride == 1 else f"frames 0, {stride}, ... ({seen} of {self.frames})" if seen > 1 else "frame 0"
+            which = (
+                "every frame"
+                if stride == 1
+                else f"frames 0, {stride}, ... ({seen} of {self.frames})"
+                if seen > 1
+                else "frame 0"
+            )
             lines.append(
                 f"  positions {first}..{first + self.tokens_per_level - 1}: MST level {level} sees MST of levels 0..{level} "
                 f"and the patches of {which} ({row.end - row.first + seen * self.patches} keys)"

@@ -1,0 +1,99 @@
+"""Which implementation runs: what each backend can do, why it cannot, and what `auto` picks.
+
+A refusal is a sentence. `refuses(...)` returns None or the reason, and the errors, `python -m vidla_kernels` and the
+skipped tests all print that same sentence.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from .layout import TokenLayout
+
+NAMES = ("cuda", "triton", "portable", "reference")  # fastest first on a GPU
+KERNEL_HEAD_DIMS = (32, 64, 80, 96, 128)
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a backend needs to know of a call to say whether it can serve it."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    layout: TokenLayout
+
+
+@torch.compiler.assume_constant_result  # what a machine has does not change while a graph lives
+def missing(name: str, device: torch.device) -> str | None:
+    """Why backend `name` cannot run on `device` at all; None where it can."""
+    return _missing(name, device)
+
+
+@cache
+def _missing(name: str, device: torch.device) -> str | None:
+    if name in ("portable", "reference"):
+        return None
+    if name == "cuda":
+        return "this version of vidla_kernels ships no CUDA kernels; the triton backend serves NVIDIA GPUs"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; it comes with torch's CUDA wheels on Linux (pip install triton)"
+    if device.type == "cpu":
+        import triton
+
+        if triton.knobs.runtime.interpret:
+            return None
+        return "on a CPU Triton runs only under its interpreter, for tests: set TRITON_INTERPRET=1 before Python starts"
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"the Triton kernels run on NVIDIA GPUs, not on {device}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"the Triton kernels need compute capability 8.0 (A100) or later; {device} has {major}.{minor}"
+    return None
+
+
+def refuses(name: str, case: Case) -> str | None:
+    """Why backend `name` cannot serve this case; None where it can."""
+    if reason := missing(name, case.device):
+        return reason
+    if name in ("portable", "reference"):
+        return None
+    if case.head_dim not in KERNEL_HEAD_DIMS:
+        return f"head dim {case.head_dim}: {name} has {', '.join(map(str, KERNEL_HEAD_DIMS))}"
+    if case.dtype not in KERNEL_DTYPES:
+        return f"{case.dtype}: {name} has float16, bfloat16 and float32"
+    return None
+
+
+def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
+    """The backends that run on `device`, best first.
+
+    On a CPU the interpreted kernels come last: they are exact, and thousands of times slower than `portable`.
+    """
+    device = torch.device(device)
+    names = [name for name in NAMES if missing(name, device) is None]
+    if device.type == "cpu":
+        names.sort(key=lambda name: name in ("cuda", "triton"))
+    return tuple(names)
+
+
+def choose(backend: str, case: Case) -> str:
+    """The backend that will run: the one named, or for "auto" the best that serves the case.
+
+    Raises:
+        ValueError: no such backend.
+        RuntimeError: the backend named by hand cannot serve the case; the message says why and what can.
+    """
+    if backend == "auto":
+        return next(name for name in available_backends(case.device) if refuses(name, case) is None)
+    if backend not in NAMES:
+        raise ValueError(f"backend is {backend!r}; it must be 'auto' or one of {', '.join(map(repr, NAMES))}")
+    if reason := refuses(backend, case):
+        able = [name for name in available_backends(case.device) if refuses(name, case) is None]
+        raise RuntimeError(f"backend {backend!r} cannot run this: {reason}. Available here: {', '.join(able)} (or 'auto')")
+    return backend
