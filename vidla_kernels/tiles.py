@@ -41,6 +41,16 @@ _ROWS: dict[tuple[str, tuple[int, ...], str, tuple[int, ...]], tuple[Tile, ...]]
     ("tube_forward", (80, 90), "fp32", HEAD_DIMS): (Tile(32, 32, 4),),
     ("tube_backward", (80, 90), "half", HEAD_DIMS): (Tile(64, 64, 4),),
     ("tube_backward", (80, 90), "fp32", HEAD_DIMS): (Tile(32, 32, 4),),
+    ("hier_forward", (80, 90), "half", HEAD_DIMS): (Tile(64, 32, 4, 3),),
+    ("hier_forward", (80, 90), "fp32", HEAD_DIMS): (Tile(32, 32, 4),),
+    ("hier_combine", (80, 90), "half", HEAD_DIMS): (Tile(16, 16, 4, 3),),
+    ("hier_combine", (80, 90), "fp32", HEAD_DIMS): (Tile(16, 16, 4, 3),),
+    ("hier_dq", (80, 90), "half", HEAD_DIMS): (Tile(64, 32, 4, 2),),
+    ("hier_dq", (80, 90), "fp32", HEAD_DIMS): (Tile(32, 32, 4),),
+    ("hier_dkv", (80, 90), "half", HEAD_DIMS): (Tile(32, 64, 4, 2),),
+    ("hier_dkv", (80, 90), "fp32", HEAD_DIMS): (Tile(32, 32, 4),),
+    ("hier_finish", (80, 90), "half", HEAD_DIMS): (Tile(16, 16, 4, 3),),
+    ("hier_finish", (80, 90), "fp32", HEAD_DIMS): (Tile(16, 16, 4, 3),),
 }
 
 TABLE: dict[tuple[str, int, str, int], tuple[Tile, ...]] = {
