@@ -81,13 +81,14 @@ def crop_box(
     """A square crop (left, top, side) in pixels, the same for every frame of the clip.
 
     "train": the side is the frame's short side times one of `scales`, the place is random (the paper's multi-scale
-    random crop; a square scaled to a square keeps the aspect). "eval": the centre, side = short side.
+    random crop; a square scaled to a square keeps the aspect). "eval", and "train" where `scales` is empty: the centre,
+    side = short side.
     """
+    if not all(0 < s <= 1 for s in scales):
+        raise ValueError(f"crop scales must be in (0, 1], not {tuple(scales)}")
     short = min(width, height)
-    if mode == "eval":
+    if mode == "eval" or not scales:
         return (width - short) // 2, (height - short) // 2, short
-    if not scales or not all(0 < s <= 1 for s in scales):
-        raise ValueError(f"crop scales must be in (0, 1], at least one of them, not {tuple(scales)}")
     rng = _rng(rng, "train")
     side = max(1, round(short * scales[int(rng.integers(len(scales)))]))
     left, top = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
