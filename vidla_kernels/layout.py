@@ -64,7 +64,7 @@ class TokenLayout:
                 raise ValueError(f"{field.name} is {number}; it must be >= {least[field.name]}")
             object.__setattr__(self, field.name, number)  # numpy integers become plain ones
         if self.levels and not self.tokens_per_level:
-            raise ValueError(f"tokens_per_level is 0 with levels {self.levels}; it must be >= 1 (levels=0 means no MST)")
+            raise ValueError("tokens_per_level is 0; it must be >= 1 (for no MST at all, levels=0)")
 
     # Derived quantities, in the paper's symbols.
 

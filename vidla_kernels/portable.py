@@ -44,9 +44,11 @@ def hierarchical(qkv: torch.Tensor, layout: TokenLayout, scale: float) -> torch.
     mask = layout.visible(position[:G, None], position[None])
     rows = [F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)]
 
-    shared_kv = summary[:, layout.first_key_of_patches :, 1:].permute(2, 0, 3, 1, 4)  # (2, B, H, UV or G, D)
+    # Every frame adds to the gradient of the shared keys and values: in fp32 at least, as the kernels do.
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    shared_kv = summary[:, layout.first_key_of_patches :, 1:].permute(2, 0, 3, 1, 4).to(wide)  # (2, B, H, UV or G, D)
     for frame in patches.unflatten(1, (T, N)).unbind(1):  # (B, N, 3, H, D)
         q, *kv = frame.permute(2, 0, 3, 1, 4)
-        k, v = (torch.cat([own, shared], 2) for own, shared in zip(kv, shared_kv, strict=True))
+        k, v = (torch.cat([own, shared.to(own.dtype)], 2) for own, shared in zip(kv, shared_kv, strict=True))
         rows.append(F.scaled_dot_product_attention(q, k, v, scale=scale))
     return torch.cat(rows, 2).transpose(1, 2).contiguous()
