@@ -105,7 +105,11 @@ def setup(device: str = "auto", timeout: timedelta = timedelta(minutes=10)) -> R
 
 
 def teardown() -> None:
-    """Leave the process group, if there is one. Does not wait for other ranks, so it is safe after an error."""
+    """Leave the process group, if there is one.
+
+    Does not wait for the other ranks, so that it is safe after an error. At a good end call `Ranks.barrier` before it: a
+    rank that leaves early breaks the collectives that others are still in.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
 

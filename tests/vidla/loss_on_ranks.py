@@ -1,9 +1,6 @@
-"""Run by test_loss_ranks.py, alone and under torchrun: one step of a small two-tower network with DDP, on fixed data.
+"""Run by test_loss_ranks.py as `torchrun --nproc-per-node=4 loss_on_ranks.py FOLDER SEED`.
 
-python loss_on_ranks.py OUT step    every rank takes its part of one global batch; rank 0 saves loss and gradients to OUT
-python loss_on_ranks.py OUT uneven  ranks bring different B: the message of each rank's ValueError goes to OUT.RANK
-python loss_on_ranks.py OUT gather  the collectives' own test
-python loss_on_ranks.py OUT first   rank 0 fails inside main_first: the message of each rank's error goes to OUT.RANK
+One launch for all checks on several ranks, because starting ranks is the slow part. What each finds goes to FOLDER.
 """
 
 import sys
@@ -11,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -42,27 +40,26 @@ def global_batch(seed: int) -> dict[str, torch.Tensor]:
     return batch
 
 
-def step(ranks: distributed.Ranks, out: Path, seed: int) -> None:
+def step(seed: int, group: dist.ProcessGroup | None = None) -> dict[str, torch.Tensor]:
+    """Loss and parameter gradients of one step in which the ranks of the group share the global batch."""
     batch = global_batch(seed)
     model = TwoTowers()  # seeded by global_batch
-    b = GLOBAL_BATCH // ranks.world_size
-    mine = {name: x[ranks.rank * b : (ranks.rank + 1) * b] for name, x in batch.items()}
-    run = DistributedDataParallel(model) if ranks.world_size > 1 else model
+    rank, ranks = distributed.group_place(group)
+    b = GLOBAL_BATCH // ranks
+    mine = {name: x[rank * b : (rank + 1) * b] for name, x in batch.items()}
+    run = DistributedDataParallel(model, process_group=group) if dist.is_initialized() else model
     features = run(mine.pop("video"), mine.pop("caption"), mine.pop("subtitle"))
-    loss = contrastive_loss(*features, **mine, chunk=3)
+    loss = contrastive_loss(*features, **mine, chunk=3, group=group)
     loss.backward()
-    losses = distributed.all_gather_cat(loss.reshape(1))
-    assert (losses == losses[0]).all(), losses
-    if ranks.is_main:
-        torch.save({"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}, out)
+    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
 
 
-def uneven(ranks: distributed.Ranks, out: Path) -> None:
+def uneven(ranks: distributed.Ranks, folder: Path) -> None:
     x = torch.randn(2 + ranks.rank, DIM)
     try:
         contrastive_loss(x, x, x, 10.0)
     except ValueError as error:
-        out.with_suffix(f".{ranks.rank}").write_text(str(error))
+        (folder / f"uneven.{ranks.rank}").write_text(str(error))
 
 
 def gather(ranks: distributed.Ranks) -> None:
@@ -79,34 +76,32 @@ def gather(ranks: distributed.Ranks) -> None:
     x = torch.tensor([float(r), 1.0])
     assert distributed.all_reduce_sum(x).tolist() == [n * (n - 1) / 2, n]
     assert x.tolist() == [r, 1]
-    ranks.barrier()
 
 
-def first(ranks: distributed.Ranks, out: Path) -> None:
+def first(ranks: distributed.Ranks, folder: Path) -> None:
+    made = folder / "made"
     with ranks.main_first():
         if ranks.is_main:
-            out.write_text("made")
-        assert out.read_text() == "made"
+            made.write_text("made")
+        assert made.read_text() == "made"
     try:
         with ranks.main_first():
             raise KeyError("no data")
     except (KeyError, RuntimeError) as error:
-        out.with_suffix(f".{ranks.rank}").write_text(f"{type(error).__name__}: {error}")
+        (folder / f"first.{ranks.rank}").write_text(f"{type(error).__name__}: {error}")
+
+
+def main(folder: Path, seed: int) -> None:
+    ranks = distributed.setup("cpu", timeout=timedelta(seconds=90))
+    gather(ranks)
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    torch.save(step(seed), folder / f"world.{ranks.rank}")
+    torch.save(step(seed, pairs[ranks.rank // 2]), folder / f"pair.{ranks.rank}")
+    uneven(ranks, folder)
+    first(ranks, folder)
+    ranks.barrier()
+    distributed.teardown()
 
 
 if __name__ == "__main__":
-    path, task, seed_ = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    ranks_ = distributed.setup("cpu", timeout=timedelta(seconds=60))
-    try:
-        if task == "step":
-            step(ranks_, path, seed_)
-        elif task == "uneven":
-            uneven(ranks_, path)
-        elif task == "gather":
-            gather(ranks_)
-        elif task == "first":
-            first(ranks_, path)
-        else:
-            raise SystemExit(f"unknown task {task}")
-    finally:
-        distributed.teardown()
+    main(Path(sys.argv[1]), int(sys.argv[2]))

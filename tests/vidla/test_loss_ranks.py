@@ -1,6 +1,7 @@
 """The loss and the collectives on several ranks (gloo, by torchrun), and `setup` without and with torchrun's environment."""
 
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -10,44 +11,50 @@ import torch
 
 from vidla import distributed
 
-SCRIPT = Path(__file__).with_name("loss_on_ranks.py")
-ROOT = Path(__file__).parents[2]
+from . import loss_on_ranks
+
+SCRIPT = Path(loss_on_ranks.__file__)
+ROOT = SCRIPT.parents[2]
+RANKS = 4
 
 
-def launch(ranks: int, out: Path, task: str, seed: int) -> None:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> tuple[Path, int]:
+    """The folder that four ranks have filled, and the seed they used."""
+    folder, seed = tmp_path_factory.mktemp("ranks"), random.SystemRandom().randrange(2**31)
+    print("seed", seed)
     env = {k: v for k, v in os.environ.items() if k not in distributed.TORCHRUN_VARIABLES}
     env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *torchrun, str(SCRIPT), str(out), task, str(seed)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr[-4000:]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+    command = [*torchrun, str(SCRIPT), str(folder), str(seed)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-20000:]
+    assert "deprecated" not in done.stderr
+    return folder, seed
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ddp_on_several_ranks_is_the_whole_batch_on_one(tmp_path, ranks, seed):
-    launch(1, tmp_path / "one.pt", "step", seed)
-    launch(ranks, tmp_path / "many.pt", "step", seed)
-    one, many = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "many.pt"))
-    assert one.keys() == many.keys() == {"loss", "video.weight", "video.bias", "text.weight", "text.bias", "log_scale"}
+@pytest.mark.parametrize("split", ["world", "pair"])  # the batch over four ranks; over two, in two groups at once
+def test_ddp_on_several_ranks_is_the_whole_batch_on_one(found, split):
+    folder, seed = found
+    one = loss_on_ranks.step(seed)
+    several = [torch.load(folder / f"{split}.{rank}", weights_only=True) for rank in range(RANKS)]
+    assert set(one) == {"loss", "video.weight", "video.bias", "text.weight", "text.bias", "log_scale"}
     for name, gold in one.items():
         assert gold.norm() > 1e-3, f"{name}: nothing to compare"
-        assert (many[name] - gold).norm() <= 1e-6 * gold.norm(), name
+        for rank, ours in enumerate(several):
+            assert (ours[name] - gold).norm() <= 1e-6 * gold.norm(), (name, rank)
+    assert len({r["loss"].item() for r in (several if split == "world" else several[:2])}) == 1
 
 
-def test_collectives(tmp_path, seed):
-    launch(3, tmp_path / "unused", "gather", seed)
+def test_ranks_with_different_batches_all_raise(found):
+    for rank in range(RANKS):
+        assert "[[2, 10, 4], [3, 10, 4], [4, 10, 4], [5, 10, 4]]" in (found[0] / f"uneven.{rank}").read_text()
 
 
-def test_ranks_with_different_batches_all_raise(tmp_path, seed):
-    launch(2, tmp_path / "error", "uneven", seed)
-    for rank in range(2):
-        assert "[[2, 10, 4], [3, 10, 4]]" in (tmp_path / f"error.{rank}").read_text()
-
-
-def test_when_rank_0_fails_first_the_others_raise_too(tmp_path, seed):
-    launch(2, tmp_path / "data", "first", seed)
-    assert (tmp_path / "data.0").read_text() == "KeyError: 'no data'"
-    assert (tmp_path / "data.1").read_text().startswith("RuntimeError: rank 0 failed")
+def test_when_rank_0_fails_first_the_others_raise_too(found):
+    assert (found[0] / "first.0").read_text() == "KeyError: 'no data'"
+    for rank in range(1, RANKS):
+        assert (found[0] / f"first.{rank}").read_text().startswith("RuntimeError: rank 0 failed")
 
 
 def test_without_torchrun_there_is_one_rank_and_no_group(monkeypatch):
