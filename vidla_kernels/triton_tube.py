@@ -1,0 +1,424 @@
+"""Tube attention in Triton: patch (t, n) sees (t', n) for every frame t'. Forward and backward. Legend: triton_common.py.
+
+A tube is the T rows of one place n; in memory they lie N tokens apart. Two ways to cut the work:
+
+packed (T fits a tile)  A program owns ROWS // T neighbouring tubes of one (batch, head): at 64 rows T=12 packs 5 (60 rows
+    used), T=16 packs 4. Row r of the tile is frame r % T of tube r // T, read by stride where it lies, so no permuted copy
+    of qkv is made. The ROWS x ROWS scores are masked to equal tube. Softmax rows are whole in the tile: no running maximum.
+    Spare rows at the end of a tile load zeros and are never stored.
+long (T exceeds every tile)  A program owns one tile of one tube's rows and walks over the tube's others, with the usual
+    running maximum. The backward is two launches, one owning query rows, one owning key rows; the first leaves each row's
+    log-sum-exp and delta (8 bytes a row and head) for the second.
+
+Backward: needs qkv and the output's gradient alone. P is computed again, and delta = rowsum(P * dP) replaces the product of
+the output with its gradient, so the forward saves nothing. The packed form is one launch that reads every row once.
+Reduction across programs: none. Every row of every gradient has one owner: no atomics, the same bits on every run.
+
+A row of D columns is held as D / C tiles of C columns, C being the largest power of two that divides D: 80 is 5 x 16 and
+96 is 3 x 32, with no padded column to load, mask or multiply.
+
+T, N and H are runtime values: a kernel is compiled per dtype, D and tile (tiles.py), so a new T compiles something only
+when it is the first to need another tile.
+
+Bound by memory: 4 units of B*T*N*H*D elements forward, 7 backward, all compulsory in the packed form. The same packing with
+rows padded to a power of two, timed on an H100 80GB (Triton 3.6, bf16, D=64, H=12, B=32, T=12), took 1.06 (forward) and 1.05
+(backward) of the time to move those bytes at N=196, and 1.29 and 1.13 at N=49. This file has not been timed.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import tiles
+from . import triton_common as common
+from .layout import TokenLayout
+
+# What the kernels take besides tensors. Nothing is gained from compiling for a value of these, and much time is lost.
+_RUNTIME = ["T", "N", "H"]
+
+
+@triton.jit
+def _load(p_tile, m_tile, D: tl.constexpr, C: tl.constexpr):
+    """D columns of some rows as D / C tiles of C columns. Absent rows read as zeros."""
+    b_tiles = ()
+    for o_c in tl.static_range(0, D, C):
+        b_tiles = b_tiles + (tl.load(p_tile + o_c, mask=m_tile, other=0.0),)  # noqa: RUF005 - the compiler has no unpacking
+    return b_tiles
+
+
+@triton.jit
+def _store(p_tile, b_tiles, m_tile, C: tl.constexpr):
+    """The inverse of `_load`, rounding to the dtype of the memory."""
+    for c in tl.static_range(len(b_tiles)):
+        tl.store(p_tile + c * C, common.to(b_tiles[c], p_tile.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def _inner(b_x, b_y):
+    """x @ y^T over all D columns."""
+    b_s = common.dot(b_x[0], tl.trans(b_y[0]))
+    for c in tl.static_range(1, len(b_x)):
+        b_s += common.dot(b_x[c], tl.trans(b_y[c]))
+    return b_s
+
+
+@triton.jit
+def _outer(b_w, b_x):
+    """w @ x, tile by tile of columns."""
+    b_tiles = ()
+    for c in tl.static_range(len(b_x)):
+        b_tiles = b_tiles + (common.dot(b_w, b_x[c]),)  # noqa: RUF005
+    return b_tiles
+
+
+@triton.jit
+def _scaled(b_x, b_factor):
+    """Rows of x times one factor each."""
+    b_tiles = ()
+    for c in tl.static_range(len(b_x)):
+        b_tiles = b_tiles + (b_x[c] * b_factor[:, None],)  # noqa: RUF005
+    return b_tiles
+
+
+@triton.jit
+def _plus(b_x, b_y):
+    b_tiles = ()
+    for c in tl.static_range(len(b_x)):
+        b_tiles = b_tiles + (b_x[c] + b_y[c],)  # noqa: RUF005
+    return b_tiles
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, D: tl.constexpr, C: tl.constexpr):
+    b_tiles = ()
+    for _ in tl.static_range(0, D, C):
+        b_tiles = b_tiles + (tl.zeros((ROWS, C), tl.float32),)  # noqa: RUF005
+    return b_tiles
+
+
+# ---------------------------------------------------------------------------------------------------------------- packed
+
+
+@triton.jit
+def _packed_rows(T, N, H, ROWS: tl.constexpr):
+    """Which rows a program owns: batch, head, and per row its tube within the tile, its token, whether it is real."""
+    pack = ROWS // T
+    count = tl.cdiv(N, pack)
+    i_bh = tl.program_id(0) // count
+    o_row = tl.arange(0, ROWS)
+    o_tube = o_row // T
+    o_n = (tl.program_id(0) % count) * pack + o_tube
+    o_token = (o_row - o_tube * T) * N + o_n
+    # int64: the offset of a batch row passes 2^31, and with unusual strides so does that of a token or a head.
+    return (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64), o_tube, o_token.to(tl.int64), (o_tube < pack) & (o_n < N)
+
+
+@triton.jit
+def _packed_weights(b_q, b_k, o_tube, m_row, scale):
+    """exp of the scores less their row's maximum, and its row sums: the softmax before division.
+
+    Spare rows see no key, so all their scores are HIDDEN and equal: finite, and not stored.
+    """
+    b_s = _inner(b_q, b_k) * (scale * common.LOG2E)
+    b_s = tl.where((o_tube[:, None] == o_tube[None]) & m_row[None], b_s, common.HIDDEN)
+    b_p = tl.exp2(b_s - tl.max(b_s, 1)[:, None])
+    return b_p, tl.sum(b_p, 1)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def forward_packed(
+    p_qkv, p_out, qkv_sb, qkv_ss, qkv_s3, qkv_sh, scale, T, N, H, D: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr
+):
+    i_b, i_h, o_tube, o_token, m_row = _packed_rows(T, N, H, ROWS)
+    o_c = tl.arange(0, C)[None]
+    m_tile = m_row[:, None]
+
+    p_q = p_qkv + i_b * qkv_sb + i_h * qkv_sh + o_token[:, None] * qkv_ss + o_c
+    b_q = _load(p_q, m_tile, D, C)
+    b_k = _load(p_q + qkv_s3, m_tile, D, C)
+    b_v = _load(p_q + qkv_s3 + qkv_s3, m_tile, D, C)
+
+    b_p, b_sum = _packed_weights(b_q, b_k, o_tube, m_row, scale)
+    b_out = _scaled(_outer(common.to(b_p, b_q[0].dtype), b_v), 1 / b_sum)
+    _store(p_out + ((i_b * T * N + o_token[:, None]) * H + i_h) * D + o_c, b_out, m_tile, C)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def backward_packed(
+    p_do, p_qkv, p_dqkv, qkv_sb, qkv_ss, qkv_s3, qkv_sh, scale, T, N, H, D: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr
+):
+    i_b, i_h, o_tube, o_token, m_row = _packed_rows(T, N, H, ROWS)
+    o_c = tl.arange(0, C)[None]
+    m_tile = m_row[:, None]
+    o_out = i_b * T * N + o_token[:, None]  # row in the contiguous gradients
+
+    p_q = p_qkv + i_b * qkv_sb + i_h * qkv_sh + o_token[:, None] * qkv_ss + o_c
+    b_q = _load(p_q, m_tile, D, C)
+    b_k = _load(p_q + qkv_s3, m_tile, D, C)
+    b_v = _load(p_q + qkv_s3 + qkv_s3, m_tile, D, C)
+    b_do = _load(p_do + (o_out * H + i_h) * D + o_c, m_tile, D, C)
+
+    # The gradient of a spare row's output reads as zero, and so are its dP, delta and dS: it adds nothing to dK and dV.
+    b_p, b_sum = _packed_weights(b_q, b_k, o_tube, m_row, scale)
+    b_p = b_p * (1 / b_sum)[:, None]
+    b_dp = _inner(b_do, b_v)
+    b_delta = tl.sum(b_p * b_dp, 1)
+    b_ds = common.to(b_p * (b_dp - b_delta[:, None]) * scale, b_q[0].dtype)
+    b_p = common.to(b_p, b_q[0].dtype)
+
+    p_dq = p_dqkv + (o_out * 3 * H + i_h) * D + o_c
+    _store(p_dq, _outer(b_ds, b_k), m_tile, C)
+    _store(p_dq + H * D, _outer(tl.trans(b_ds), b_q), m_tile, C)
+    _store(p_dq + 2 * H * D, _outer(tl.trans(b_p), b_do), m_tile, C)
+
+
+# ------------------------------------------------------------------------------------------------------------------ long
+
+
+@triton.jit
+def _long_place(T, N, H, ROWS: tl.constexpr):
+    """Which rows a program owns: batch, head, place n of its tube, first frame. Tiles of a tube are neighbours."""
+    count = tl.cdiv(T, ROWS)
+    i_tube = tl.program_id(0) // count
+    i_bh = i_tube // N
+    return (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64), i_tube % N, (tl.program_id(0) % count) * ROWS
+
+
+@triton.jit
+def _long_scores(b_q, b_k, m_key, scale):
+    return tl.where(m_key[None], _inner(b_q, b_k) * (scale * common.LOG2E), common.HIDDEN)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def forward_long(
+    p_qkv,
+    p_out,
+    qkv_sb,
+    qkv_ss,
+    qkv_s3,
+    qkv_sh,
+    scale,
+    T,
+    N,
+    H,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    i_b, i_h, i_n, i_t = _long_place(T, N, H, ROWS)
+    o_c = tl.arange(0, C)[None]
+    o_row, o_key = i_t + tl.arange(0, ROWS), tl.arange(0, KEYS)
+    o_token = (o_row * N + i_n).to(tl.int64)[:, None]
+    m_tile = (o_row < T)[:, None]
+
+    p_tube = p_qkv + i_b * qkv_sb + i_h * qkv_sh + o_c
+    b_q = _load(p_tube + o_token * qkv_ss, m_tile, D, C)
+    b_max = tl.full((ROWS,), common.HIDDEN, tl.float32)
+    b_sum = tl.zeros((ROWS,), tl.float32)
+    b_out = _zeros(ROWS, D, C)
+    for i_key in tl.range(0, T, KEYS, num_stages=STAGES):
+        m_key = i_key + o_key < T
+        p_k = p_tube + ((i_key + o_key) * N + i_n).to(tl.int64)[:, None] * qkv_ss + qkv_s3
+        b_k = _load(p_k, m_key[:, None], D, C)
+        b_v = _load(p_k + qkv_s3, m_key[:, None], D, C)
+        b_s = _long_scores(b_q, b_k, m_key, scale)
+        b_new = tl.maximum(b_max, tl.max(b_s, 1))
+        b_old = tl.exp2(b_max - b_new)
+        b_p = tl.exp2(b_s - b_new[:, None])
+        b_sum = b_sum * b_old + tl.sum(b_p, 1)
+        b_out = _plus(_scaled(b_out, b_old), _outer(common.to(b_p, b_q[0].dtype), b_v))
+        b_max = b_new
+    _store(p_out + ((i_b * T * N + o_token) * H + i_h) * D + o_c, _scaled(b_out, 1 / b_sum), m_tile, C)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def backward_long_queries(
+    p_do,
+    p_qkv,
+    p_dqkv,
+    p_lse,
+    p_delta,
+    qkv_sb,
+    qkv_ss,
+    qkv_s3,
+    qkv_sh,
+    scale,
+    T,
+    N,
+    H,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dQ of a tile of query rows, and for `backward_long_keys` their log-sum-exp (base 2) and delta, each (B, H, N, T)."""
+    i_b, i_h, i_n, i_t = _long_place(T, N, H, ROWS)
+    o_c = tl.arange(0, C)[None]
+    o_row, o_key = i_t + tl.arange(0, ROWS), tl.arange(0, KEYS)
+    o_token = (o_row * N + i_n).to(tl.int64)[:, None]
+    o_out = i_b * T * N + o_token
+    m_tile = (o_row < T)[:, None]
+
+    p_tube = p_qkv + i_b * qkv_sb + i_h * qkv_sh + o_c
+    b_q = _load(p_tube + o_token * qkv_ss, m_tile, D, C)
+    b_do = _load(p_do + (o_out * H + i_h) * D + o_c, m_tile, D, C)
+
+    # First walk: maximum, sum, and delta relative to both.
+    b_max = tl.full((ROWS,), common.HIDDEN, tl.float32)
+    b_sum = tl.zeros((ROWS,), tl.float32)
+    b_delta = tl.zeros((ROWS,), tl.float32)
+    for i_key in tl.range(0, T, KEYS, num_stages=STAGES):
+        m_key = i_key + o_key < T
+        p_k = p_tube + ((i_key + o_key) * N + i_n).to(tl.int64)[:, None] * qkv_ss + qkv_s3
+        b_k = _load(p_k, m_key[:, None], D, C)
+        b_v = _load(p_k + qkv_s3, m_key[:, None], D, C)
+        b_s = _long_scores(b_q, b_k, m_key, scale)
+        b_new = tl.maximum(b_max, tl.max(b_s, 1))
+        b_old = tl.exp2(b_max - b_new)
+        b_p = tl.exp2(b_s - b_new[:, None])
+        b_sum = b_sum * b_old + tl.sum(b_p, 1)
+        b_delta = b_delta * b_old + tl.sum(b_p * _inner(b_do, b_v), 1)
+        b_max = b_new
+    b_lse = b_max + tl.log2(b_sum)
+    b_delta = b_delta / b_sum
+    o_stat = ((i_b * H + i_h) * N + i_n) * T + o_row
+    tl.store(p_lse + o_stat, b_lse, mask=o_row < T)
+    tl.store(p_delta + o_stat, b_delta, mask=o_row < T)
+
+    # Second walk: dQ.
+    b_dq = _zeros(ROWS, D, C)
+    for i_key in tl.range(0, T, KEYS, num_stages=STAGES):
+        m_key = i_key + o_key < T
+        p_k = p_tube + ((i_key + o_key) * N + i_n).to(tl.int64)[:, None] * qkv_ss + qkv_s3
+        b_k = _load(p_k, m_key[:, None], D, C)
+        b_v = _load(p_k + qkv_s3, m_key[:, None], D, C)
+        b_p = tl.exp2(_long_scores(b_q, b_k, m_key, scale) - b_lse[:, None])
+        b_ds = b_p * (_inner(b_do, b_v) - b_delta[:, None]) * scale
+        b_dq = _plus(b_dq, _outer(common.to(b_ds, b_q[0].dtype), b_k))
+    _store(p_dqkv + (o_out * 3 * H + i_h) * D + o_c, b_dq, m_tile, C)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def backward_long_keys(
+    p_do,
+    p_qkv,
+    p_dqkv,
+    p_lse,
+    p_delta,
+    qkv_sb,
+    qkv_ss,
+    qkv_s3,
+    qkv_sh,
+    scale,
+    T,
+    N,
+    H,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dK and dV of a tile of key rows, walking over the tube's query rows. Runs after `backward_long_queries`."""
+    i_b, i_h, i_n, i_t = _long_place(T, N, H, KEYS)
+    o_c = tl.arange(0, C)[None]
+    o_row, o_key = tl.arange(0, ROWS), i_t + tl.arange(0, KEYS)
+    o_token = (o_key * N + i_n).to(tl.int64)[:, None]
+    m_key = o_key < T
+    m_tile = m_key[:, None]
+
+    p_tube = p_qkv + i_b * qkv_sb + i_h * qkv_sh + o_c
+    b_k = _load(p_tube + o_token * qkv_ss + qkv_s3, m_tile, D, C)
+    b_v = _load(p_tube + o_token * qkv_ss + qkv_s3 + qkv_s3, m_tile, D, C)
+    b_dk = _zeros(KEYS, D, C)
+    b_dv = _zeros(KEYS, D, C)
+    for i_row in tl.range(0, T, ROWS, num_stages=STAGES):
+        # Absent query rows read zeros everywhere: P = 1 meets dO = 0, and dS = 0.
+        m_row = i_row + o_row < T
+        o_query = ((i_row + o_row) * N + i_n).to(tl.int64)[:, None]
+        o_stat = ((i_b * H + i_h) * N + i_n) * T + i_row + o_row
+        b_q = _load(p_tube + o_query * qkv_ss, m_row[:, None], D, C)
+        b_do = _load(p_do + ((i_b * T * N + o_query) * H + i_h) * D + o_c, m_row[:, None], D, C)
+        b_lse = tl.load(p_lse + o_stat, mask=m_row, other=0.0)
+        b_delta = tl.load(p_delta + o_stat, mask=m_row, other=0.0)
+        b_p = tl.exp2(_long_scores(b_q, b_k, m_key, scale) - b_lse[:, None])
+        b_ds = b_p * (_inner(b_do, b_v) - b_delta[:, None]) * scale
+        b_dk = _plus(b_dk, _outer(tl.trans(common.to(b_ds, b_k[0].dtype)), b_q))
+        b_dv = _plus(b_dv, _outer(tl.trans(common.to(b_p, b_k[0].dtype)), b_do))
+    p_dk = p_dqkv + ((i_b * T * N + o_token) * 3 * H + H + i_h) * D + o_c
+    _store(p_dk, b_dk, m_tile, C)
+    _store(p_dk + H * D, b_dv, m_tile, C)
+
+
+# ------------------------------------------------------------------------------------------------------------------ host
+
+
+def supports(layout: TokenLayout, dtype: torch.dtype, D: int) -> str | None:
+    """None if these kernels compute this case, else the sentence why not. Every T and N is computed."""
+    return tiles.unsupported(dtype, D)
+
+
+def _packing(kernel: str, qkv: torch.Tensor, T: int) -> tiles.Tile | None:
+    """The smallest tile of a packed kernel that holds a whole tube; None where the tube is too long for all of them."""
+    fitting = [tile for tile in tiles.lookup(kernel, qkv.device, qkv.dtype, qkv.shape[-1]) if tile.rows >= T]
+    return fitting[0] if fitting else None
+
+
+def forward(qkv: torch.Tensor, layout: TokenLayout, scale: float) -> torch.Tensor:
+    """Tube attention, paper equation 1 without norm, projections and residual.
+
+    Args:
+        qkv: (B, T*N, 3, H, D), any strides with the last dimension contiguous; a case that `supports` accepts.
+        layout: gives T and N; no other field is read.
+        scale: factor on q.k.
+
+    Returns:
+        (B, T*N, H, D), contiguous, in qkv's dtype.
+    """
+    B, tokens, _, H, D = qkv.shape
+    T, N = layout.frames, layout.patches
+    out = torch.empty(B, tokens, H, D, dtype=qkv.dtype, device=qkv.device)
+    args = (qkv, out, *qkv.stride()[:4], scale, T, N, H)
+    if tile := _packing("tube_forward", qkv, T):
+        grid = (B * H * triton.cdiv(N, tile.rows // T),)
+        common.launch(forward_packed, grid, *args, D=D, C=D & -D, ROWS=tile.rows, num_warps=tile.warps)
+    else:
+        (tile,) = tiles.lookup("tube_forward_long", qkv.device, qkv.dtype, D)
+        grid = (B * H * N * triton.cdiv(T, tile.rows),)
+        sizes = {"D": D, "C": D & -D, "ROWS": tile.rows, "KEYS": tile.keys, "STAGES": tile.stages}
+        common.launch(forward_long, grid, *args, **sizes, num_warps=tile.warps)
+    return out
+
+
+def backward(grad_out: torch.Tensor, qkv: torch.Tensor, layout: TokenLayout, scale: float) -> torch.Tensor:
+    """Gradient of `forward` by qkv, from qkv and the contiguous gradient of the output alone.
+
+    Args:
+        grad_out: (B, T*N, H, D), contiguous.
+        qkv, layout, scale: as in `forward`.
+
+    Returns:
+        (B, T*N, 3, H, D), contiguous, in qkv's dtype.
+    """
+    B, tokens, _, H, D = qkv.shape
+    T, N = layout.frames, layout.patches
+    dqkv = torch.empty(B, tokens, 3, H, D, dtype=qkv.dtype, device=qkv.device)
+    args = (*qkv.stride()[:4], scale, T, N, H)
+    if tile := _packing("tube_backward", qkv, T):
+        grid = (B * H * triton.cdiv(N, tile.rows // T),)
+        sizes = {"D": D, "C": D & -D, "ROWS": tile.rows, "num_warps": tile.warps}
+        common.launch(backward_packed, grid, grad_out, qkv, dqkv, *args, **sizes)
+    else:
+        lse, delta = torch.empty(2, B, H, N, T, dtype=torch.float32, device=qkv.device)
+        for kernel, name in ((backward_long_queries, "tube_backward_queries"), (backward_long_keys, "tube_backward_keys")):
+            (tile,) = tiles.lookup(name, qkv.device, qkv.dtype, D)
+            owned = tile.rows if kernel is backward_long_queries else tile.keys
+            sizes = {"D": D, "C": D & -D, "ROWS": tile.rows, "KEYS": tile.keys, "STAGES": tile.stages}
+            grid = (B * H * N * triton.cdiv(T, owned),)
+            common.launch(kernel, grid, grad_out, qkv, dqkv, lse, delta, *args, **sizes, num_warps=tile.warps)
+    return dqkv
