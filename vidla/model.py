@@ -17,7 +17,7 @@ from torch import nn
 
 from .text import TextTower
 from .video import VideoTower
-from .weights import CONFIG_KEY, LoadReport, load_checkpoint, read_checkpoint
+from .weights import ACTIVATION, CONFIG_KEY, LoadReport, load_checkpoint, read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -30,13 +30,14 @@ def get_model_config(name: str) -> dict[str, Any]:
     """A model's config in open_clip's JSON format: embed_dim, quick_gelu, vision_cfg, text_cfg.
 
     Args:
-        name: of a config in vidla/model_configs, or open_clip's model name.
+        name: of a config in vidla/model_configs, open_clip's model name, or the path of a .json file in that format.
 
     Raises:
         ValueError: nobody knows the name.
     """
-    if (shipped := _CONFIGS / f"{name}.json").is_file():
-        return json.loads(shipped.read_text())
+    ours = Path(name) if name.endswith(".json") else _CONFIGS / f"{name}.json"
+    if ours.is_file():
+        return json.loads(ours.read_text())
     import open_clip  # takes seconds, so only where it is needed
 
     config = open_clip.get_model_config(name.replace("/", "-")) if ":" not in name else None
@@ -207,7 +208,7 @@ class VidLA(
 
 def create_model(
     name: str,
-    pretrained: str | None = None,
+    pretrained: str | Path | None = None,
     frames: int = 12,
     levels: int = 3,
     tokens_per_level: int = 4,
@@ -245,10 +246,9 @@ def create_model(
     if checkpoint is not None and checkpoint.quick_gelu is not None:
         has = model_cfg.get("quick_gelu", False)
         if checkpoint.quick_gelu != has:
-            names = {True: "QuickGELU", False: "GELU"}
             checkpoint.notes.append(
-                f"{checkpoint.source} was trained with {names[checkpoint.quick_gelu]}, so the model has it, "
-                f"although the config {name!r} says {names[has]}"
+                f"{checkpoint.source} was trained with {ACTIVATION[checkpoint.quick_gelu]}, so the model has it, "
+                f"although the config {name!r} says {ACTIVATION[has]}"
             )
         model_cfg["quick_gelu"] = checkpoint.quick_gelu
     model = VidLA(

@@ -27,13 +27,13 @@ def get_tokenizer(name: str) -> SimpleTokenizer:
     """
     from open_clip.tokenizer import SimpleTokenizer  # open_clip takes seconds to import
 
-    folder = Path(name) / "config.json"
-    model_cfg = json.loads(folder.read_text())["model_cfg"] if folder.is_file() else get_model_config(name)
+    saved = Path(name) / "config.json"
+    model_cfg = json.loads(saved.read_text())["model_cfg"] if saved.is_file() else get_model_config(name)
     text_cfg = model_cfg["text_cfg"]
     if other := text_cfg.get("hf_tokenizer_name") or text_cfg.get("hf_model_name"):
         raise ValueError(f"{name} has the tokenizer of {other}; VidLA's text tower takes CLIP's own, as in ViT-B-32")
     tokenizer = SimpleTokenizer(context_length=text_cfg.get("context_length", 77))
     vocab_size = text_cfg.get("vocab_size", tokenizer.vocab_size)
     if vocab_size < tokenizer.vocab_size:
-        raise ValueError(f"{name} has a vocabulary of {vocab_size}; CLIP's tokenizer gives ids up to {tokenizer.vocab_size - 1}")
+        raise ValueError(f"{name} has a vocabulary of {vocab_size}; CLIP's tokenizer has {tokenizer.vocab_size} tokens")
     return tokenizer

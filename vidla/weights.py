@@ -1,12 +1,14 @@
 """Weights from elsewhere: which file, which activation it was trained with, how its keys map to ours, what is resized.
 
-| source | what it is |
+| source | who says which activation |
 |---|---|
-| open_clip tag ("openai", "laion2b_s34b_b79k") | open_clip downloads it and knows its activation |
-| OpenAI's archive (ViT-B-32.pt) | TorchScript, always QuickGELU |
-| open_clip state dict or safetensors, also {"state_dict": {"module....": ...}} | the model config says the activation |
-| VidLA: `save_pretrained` folder or its model.safetensors | the file's header holds the whole config |
-| VidLA: bare state dict | the model config says the activation |
+| open_clip tag ("openai", "laion2b_s34b_b79k"), downloaded by open_clip | open_clip's list of tags |
+| OpenAI's TorchScript archive (ViT-B-32.pt) | nobody, it is always QuickGELU |
+| state dict or safetensors of open_clip, also {"state_dict": {"module....": ...}} | open_clip_config.json beside it, if any |
+| folder of VidLA's `save_pretrained`, or its model.safetensors | the file's header, which holds the whole config |
+| state dict of VidLA | nobody |
+
+Where nobody says it, the model's name decides, and the report tells.
 
 Nothing here unpickles: safetensors, `torch.load(weights_only=True)`, or TorchScript. Our names are CLIP's; only the text
 tower's keys, which CLIP leaves at the top level, get the prefix `text.` (open_clip's `custom_text` models have it already).
@@ -17,6 +19,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -35,6 +38,7 @@ log = logging.getLogger(__name__)
 CONFIG_KEY = "vidla_config"  # in the header of a VidLA safetensors file: the model's config as JSON
 
 SPATIAL, TEMPORAL, MST = "visual.positional_embedding", "visual.temporal_embedding", "visual.mst_embedding"
+ACTIVATION = {True: "QuickGELU", False: "GELU"}  # by the config's quick_gelu
 _TEXT_KEYS = ("positional_embedding", "text_projection", "token_embedding.", "transformer.", "ln_final.")
 _NO_WEIGHTS = {"input_resolution", "context_length", "vocab_size", "attn_mask"}  # buffers of OpenAI's archives
 
@@ -103,7 +107,7 @@ def _some(keys: list[str]) -> str:
     return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
 
 
-def read_checkpoint(pretrained: str, name: str | None = None) -> Checkpoint:
+def read_checkpoint(pretrained: str | Path, name: str | None = None) -> Checkpoint:
     """Read weights, without a model.
 
     Args:
@@ -113,13 +117,13 @@ def read_checkpoint(pretrained: str, name: str | None = None) -> Checkpoint:
     Raises:
         ValueError: no such tag or path, or a file that cannot be read as weights.
     """
-    path = Path(pretrained)
+    path, pretrained = Path(pretrained), str(pretrained)
     if path.is_dir():
         path = path / "model.safetensors"
         if not path.is_file():
-            raise ValueError(f"{pretrained} is a folder without model.safetensors, so no folder of VidLA's; name the file itself")
+            raise ValueError(f"{pretrained} is a folder without model.safetensors, which save_pretrained writes; name a file")
     if path.is_file():
-        return _read_file(path, str(pretrained))
+        return _read_file(path, pretrained)
 
     from open_clip import pretrained as zoo  # takes seconds, so only where a tag is asked for
 
@@ -142,7 +146,9 @@ def _read_file(path: Path, source: str) -> Checkpoint:
                 config = json.loads((file.metadata() or {}).get(CONFIG_KEY, "null"))
                 raw = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
         elif jit := _is_torchscript(path):
-            raw = torch.jit.load(path, map_location="cpu").state_dict()
+            with warnings.catch_warnings():  # torch.jit is deprecated, and still the only way into these files
+                warnings.filterwarnings("ignore", message=".*torch.jit", category=FutureWarning)
+                raw = torch.jit.load(path, map_location="cpu").state_dict()
         else:
             raw = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the readers raise whatever a broken file leads them to
@@ -158,7 +164,9 @@ def _read_file(path: Path, source: str) -> Checkpoint:
     if jit:
         return Checkpoint(source, "OpenAI", tensors, quick_gelu=True)
     kind = "VidLA" if config or TEMPORAL in tensors else "CLIP"
-    quick_gelu = config["model_cfg"].get("quick_gelu", False) if config else None
+    beside = path.with_name("open_clip_config.json")  # open_clip's folders on the hub have one
+    says = config or (json.loads(beside.read_text()) if beside.is_file() else None)
+    quick_gelu = says["model_cfg"].get("quick_gelu", False) if says else None
     return Checkpoint(source, kind, tensors, quick_gelu, config)
 
 
@@ -173,9 +181,7 @@ def _rename(raw: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """CLIP's names, with or without DDP's prefix "module.", -> ours."""
     if all(key.startswith("module.") for key in raw):
         raw = {key.removeprefix("module."): value for key, value in raw.items()}
-    return {
-        f"text.{key}" if key.startswith(_TEXT_KEYS) else key: value for key, value in raw.items() if key not in _NO_WEIGHTS
-    }
+    return {f"text.{key}" if key.startswith(_TEXT_KEYS) else key: value for key, value in raw.items() if key not in _NO_WEIGHTS}
 
 
 def load_checkpoint(model: VidLA, checkpoint: Checkpoint, strict: bool = True) -> LoadReport:
@@ -194,9 +200,11 @@ def load_checkpoint(model: VidLA, checkpoint: Checkpoint, strict: bool = True) -
     """
     report = LoadReport(checkpoint.source, checkpoint.kind, notes=list(checkpoint.notes))
     has = model.config["model_cfg"].get("quick_gelu", False)
-    if checkpoint.quick_gelu not in (None, has):
+    if checkpoint.quick_gelu is None:
+        report.notes.append(f"the file does not say its activation; the model's name does: {ACTIVATION[has]}")
+    elif checkpoint.quick_gelu != has:
         raise ValueError(
-            f"{checkpoint.source} was trained with {'QuickGELU' if checkpoint.quick_gelu else 'GELU'}; build the model with "
+            f"{checkpoint.source} was trained with {ACTIVATION[checkpoint.quick_gelu]}; build the model with "
             f"quick_gelu={checkpoint.quick_gelu} in its config, as create_model does by itself"
         )
     for key in ("temporal_scale", "patches_see_cls", "tube", "joint"):
@@ -256,7 +264,7 @@ def _fit_spatial(tensors: dict[str, torch.Tensor], model: VidLA, report: LoadRep
         return
     grid, side = math.isqrt(len(old) - 1), model.visual.grid_size
     if grid * grid != len(old) - 1:
-        raise ValueError(f"{report.source}: {SPATIAL} has {len(old) - 1} patches, which is no square grid; only those are resized")
+        raise ValueError(f"{report.source}: {SPATIAL} has {len(old) - 1} patches, no square grid, so it is not resized")
     image = old[1:].float().T.unflatten(-1, (grid, grid))[None]  # (1, d, grid, grid)
     image = F.interpolate(image, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
     tensors[SPATIAL] = torch.cat([old[:1].float(), image[0].flatten(1).T])

@@ -11,6 +11,7 @@ from vidla import VidLA, create_model, get_tokenizer
 from vidla.model import get_model_config
 from vidla.weights import Checkpoint, load_checkpoint
 from vidla_kernels import TokenLayout
+from vidla_kernels.backends import missing
 
 TINY = get_model_config("vidla-tiny")
 CLIP_LIKE = dict(frames=1, levels=0, tube=False, patches_see_cls=True)  # the setting in which the encoder is CLIP's ViT
@@ -44,7 +45,7 @@ def video_for(model: VidLA, batch: int = 2, dtype: torch.dtype = torch.float32) 
 def gradients(model: torch.nn.Module, features: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
     """Gradients of a fixed random projection of the features, for each parameter that has one."""
     model.zero_grad()
-    weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(seed), dtype=features.dtype)
+    weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(seed), dtype=features.dtype).to(features)
     (features * weights).sum().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -261,12 +262,21 @@ def test_tokens_are_in_the_layouts_order(seed):
     torch.testing.assert_close(rows[1], visual.ln_pre(torch.stack(expected)), rtol=1e-4, atol=1e-4)
 
 
-def test_backends_agree(seed):
-    model, oracle = tiny(backend="portable"), tiny(backend="reference")
+@pytest.mark.parametrize("backend", ["auto", "portable", "triton"])
+def test_backends_agree(backend, device, seed):
+    """Features and gradients of the whole tower with each backend against the dense reference."""
+    if backend != "auto" and (reason := missing(backend, device)):
+        pytest.skip(reason)
+    options = dict(frames=3, levels=2, tokens_per_level=1)
+    model, oracle = tiny(backend=backend, **options).to(device), tiny(backend="reference", **options).to(device)
     oracle.load_state_dict(model.state_dict())
-    video = video_for(model)
-    with torch.no_grad():
-        assert relative_error(model.encode_video(video), oracle.encode_video(video)) < 1e-5
+    video = video_for(model).to(device)
+    features, expected = model.encode_video(video), oracle.encode_video(video)
+    assert relative_error(features, expected) < 1e-5
+    grads, expected_grads = gradients(model, features, seed), gradients(oracle, expected, seed)
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in expected_grads.items():
+        assert relative_error(grads[name], grad) < 1e-4, name
 
 
 def test_strided_video_is_the_same_video(seed):

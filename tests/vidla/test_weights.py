@@ -103,6 +103,7 @@ def test_reads_open_clips_files(form, tmp_path):
     assert "does not say its activation" in str(ours.load_report)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore::torch.jit.TracerWarning")  # of making the archive
 def test_openais_archive_is_always_quickgelu(tmp_path, caplog):
     """Whatever the model's name says, and with a remark; the archive's buffers are no weights; fp16 becomes fp32."""
     theirs = open_clip_model(quick_gelu=True)
