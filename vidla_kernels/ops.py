@@ -206,8 +206,9 @@ def _register_autocast(name: str) -> None:
         key = getattr(torch._C.DispatchKey, f"Autocast{device}")
 
         def rule(keys, qkv, *rest, key=key):
+            qkv = _autocast(qkv)  # before the guard, under which autocast is off
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-                return op(_autocast(qkv), *rest)
+                return op(qkv, *rest)
 
         _library.impl(name, rule, f"Autocast{device}", with_keyset=True)
 

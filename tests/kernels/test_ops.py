@@ -1,0 +1,154 @@
+"""The public functions: registration with torch.library, torch.compile, autocast, choice of backend, refusals."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vidla_kernels import TokenLayout, available_backends, hierarchical_attention, tube_attention
+from vidla_kernels.ops import _to_ints
+
+from .cases import DTYPES, OPS, Case
+
+LAYOUT = TokenLayout(3, 5, 2, 2, 2)
+BACKENDS = ("triton", "portable", "reference")
+
+
+def draw(op, device, dtype=torch.float32, layout=LAYOUT):
+    return Case(layout, batch=2, heads=2, head_dim=32, dtype=dtype).draw(op, device)
+
+
+@pytest.fixture
+def triton_here(device):
+    if "triton" not in available_backends(device):
+        from vidla_kernels.backends import missing
+
+        pytest.skip(missing("triton", device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op, dtype, device, seed, triton_here):
+    qkv, _ = draw(op, device, dtype)
+    registered = getattr(torch.ops.vidla_kernels, f"{op}_attention").default
+    torch.library.opcheck(registered, (qkv.requires_grad_(), _to_ints(LAYOUT), 0.2, "triton"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_without_a_graph_break(backend, device, seed, triton_here):
+    def step(qkv):
+        out = hierarchical_attention(qkv, LAYOUT, backend=backend)
+        patches = tube_attention(qkv[:, LAYOUT.num_summary :], LAYOUT, backend=backend)
+        return out.sum() + patches.square().sum()
+
+    torch._dynamo.reset()
+    qkv, _ = draw("hierarchical", device)
+    eager, compiled = qkv.clone().requires_grad_(), qkv.clone().requires_grad_()
+    step(eager).backward()
+    torch.compile(step, fullgraph=True, backend="aot_eager")(compiled).backward()
+    torch.testing.assert_close(compiled.grad, eager.grad)
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+def test_autocast_computes_in_autocasts_dtype(op, backend, low, device, seed, triton_here):
+    qkv, grad = draw(op, device)
+    leaf = qkv.clone().requires_grad_()
+    with torch.autocast(device.type, low):
+        out = OPS[op](leaf, LAYOUT, backend=backend)
+    assert out.dtype == low
+    assert torch.equal(out, OPS[op](qkv.to(low), LAYOUT, backend=backend))
+    out.backward(grad.to(low))
+    assert leaf.grad.dtype == torch.float32
+    if backend == "triton":  # the registered operator follows autocast by itself, and leaves float64 alone
+        with torch.autocast(device.type, low):
+            direct = getattr(torch.ops.vidla_kernels, f"{op}_attention")(qkv, _to_ints(LAYOUT), 32**-0.5, "triton")
+        assert torch.equal(direct if op == "tube" else direct[0], out)
+    else:
+        with torch.autocast(device.type, low):
+            assert OPS[op](qkv.double(), LAYOUT, backend=backend).dtype == torch.float64
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+def test_scale_is_a_factor_on_the_scores(op, backend, device, seed, triton_here):
+    qkv, _ = draw(op, device)
+    scaled = qkv.clone()
+    scaled[:, :, 0] *= 3
+    default = OPS[op](scaled, LAYOUT, backend=backend)
+    torch.testing.assert_close(OPS[op](qkv, LAYOUT, scale=3 * 32**-0.5, backend=backend), default)
+
+
+def test_inner_stride_is_allowed(device, seed, triton_here):
+    """A tensor whose head dimension is not contiguous is copied, not refused and not misread."""
+    qkv, _ = draw("hierarchical", device)
+    odd = qkv.transpose(-1, -2).contiguous().transpose(-1, -2)
+    assert odd.stride(-1) != 1
+    for backend in BACKENDS:
+        torch.testing.assert_close(
+            hierarchical_attention(odd, LAYOUT, backend=backend), hierarchical_attention(qkv, LAYOUT, backend=backend)
+        )
+
+
+def test_auto_is_portable_on_a_cpu():
+    assert available_backends("cpu")[:2] == ("portable", "reference")
+    qkv, _ = draw("tube", torch.device("cpu"))
+    assert torch.equal(tube_attention(qkv, LAYOUT), tube_attention(qkv, LAYOUT, backend="portable"))
+
+
+def test_refusals_say_what_is_wrong_and_what_is_legal(device):
+    qkv, _ = draw("hierarchical", device)
+    with pytest.raises(ValueError, match=r"expected \(B, S=20, 3, H, D\).*3 frames x 5 patches"):
+        hierarchical_attention(qkv[:, :-1], LAYOUT)
+    with pytest.raises(ValueError, match=r"\(B, T\*N=15, 3, H, D\)"):
+        tube_attention(qkv, LAYOUT)
+    with pytest.raises(ValueError, match="int64; expected float16"):
+        hierarchical_attention(qkv.long(), LAYOUT)
+    with pytest.raises(ValueError, match="'auto' or one of 'cuda', 'triton', 'portable', 'reference'"):
+        hierarchical_attention(qkv, LAYOUT, backend="fast")
+    with pytest.raises(RuntimeError, match=r"ships no CUDA kernels.*Available here"):
+        hierarchical_attention(qkv, LAYOUT, backend="cuda")
+
+
+def test_kernels_refuse_what_they_do_not_have(device, triton_here):
+    for head_dim, dtype, reason in (
+        (72, torch.float32, "head dim 72: triton has 32"),
+        (64, torch.float64, "float64: triton has"),
+    ):
+        qkv = torch.zeros(1, LAYOUT.seq_len, 3, 1, head_dim, dtype=dtype, device=device)
+        with pytest.raises(RuntimeError, match=reason):
+            hierarchical_attention(qkv, LAYOUT, backend="triton")
+        assert hierarchical_attention(qkv, LAYOUT).isfinite().all()  # auto falls back
+
+
+def python(code: str, **env: str) -> str:
+    import os
+
+    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, "-c", code], env=kept | env, capture_output=True, text=True, check=True).stdout
+
+
+def test_imports_alone():
+    code = "import sys, vidla_kernels; print(*{m.split('.')[0] for m in sys.modules})"
+    loaded = set(python(code).split())
+    assert "torch" in loaded
+    assert not loaded & {"vidla", "open_clip", "torchvision", "nvidia.dali", "xformers", "open_clip_train", "PIL"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_without_a_gpu_the_error_says_how_to_interpret():
+    code = """
+import torch, vidla_kernels as vk
+layout = vk.TokenLayout(2, 3)
+print(vk.available_backends("cpu"))
+try:
+    vk.tube_attention(torch.zeros(1, 6, 3, 1, 32), layout, backend="triton")
+except RuntimeError as error:
+    print(error)
+"""
+    text = python(code)
+    assert "('portable', 'reference')" in text
+    assert "set TRITON_INTERPRET=1" in text
+    assert python("from vidla_kernels.__main__ import main; main()").count("TRITON_INTERPRET=1") == 1

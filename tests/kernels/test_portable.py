@@ -1,0 +1,56 @@
+"""The portable backend's memory: never S*S elements per batch and head, and linear in T."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from vidla_kernels import TokenLayout
+
+from .cases import OPS
+
+
+class Largest(TorchDispatchMode):
+    """Watches every tensor that any operation returns, forward and backward: the largest storage, in elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+
+def largest(op: str, layout: TokenLayout, backend: str, dtype: torch.dtype) -> int:
+    """Elements of the largest tensor made by a forward and backward of one batch row and head."""
+    tokens = layout.num_patches if op == "tube" else layout.seq_len
+    qkv = torch.randn(1, tokens, 3, 1, 32, dtype=dtype, requires_grad=True)
+    with Largest() as watch:
+        OPS[op](qkv, layout, backend=backend).sum().backward()
+    return watch.elements
+
+
+LAYOUTS = [TokenLayout(12, 49), TokenLayout(5, 64, 2, 4, 2), TokenLayout(32, 16), TokenLayout(8, 49, patches_see_cls=True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_no_tensor_of_the_masks_size(op, layout, dtype):
+    pairs = (layout.num_patches if op == "tube" else layout.seq_len) ** 2
+    assert largest(op, layout, "reference", dtype) >= pairs, "the watch must see the reference's dense mask or scores"
+    assert largest(op, layout, "portable", dtype) < pairs
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_memory_is_linear_in_frames(op):
+    sizes = [largest(op, TokenLayout(T, 16), "portable", torch.float32) for T in (8, 16, 32)]
+    growth = [math.log2(b / a) for a, b in itertools.pairwise(sizes)]
+    assert max(growth) < 1.1, f"largest tensors {sizes} for 8, 16, 32 frames"
