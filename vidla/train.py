@@ -38,8 +38,8 @@ class RunError(Exception):
 
 
 def encode(model: Any, batch: Batch, autocast: torch.autocast) -> tuple[Tensor, Tensor, Tensor]:
-    """Features (B, E) of video, caption and subtitle, fp32. Only texts that exist are encoded; the others are zero rows,
-    which the loss leaves out (docs/decisions.md, 8)."""
+    """Features (B, E) of video, caption and subtitle, fp32 at least. Only texts that exist are encoded; the others are zero
+    rows, which the loss leaves out (docs/decisions.md, 8)."""
     import torch
 
     texts, has = torch.cat([batch.caption, batch.subtitle]), torch.cat([batch.has_caption, batch.has_subtitle])
@@ -48,7 +48,7 @@ def encode(model: Any, batch: Batch, autocast: torch.autocast) -> tuple[Tensor, 
         rows = rows.new_zeros(1)  # every rank must give the text tower a gradient, here of zeros: DDP waits for it
     with autocast:
         video, encoded = model(batch.video, texts[rows])
-    video, encoded = video.float(), encoded.float()
+    video, encoded = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (video, encoded))
     caption, subtitle = encoded.new_zeros(len(texts), encoded.shape[1]).index_copy(0, rows, encoded).chunk(2)
     return video, caption, subtitle
 
