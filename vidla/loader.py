@@ -163,7 +163,7 @@ def normalise(video: torch.Tensor) -> torch.Tensor:
 
 
 def decode_clip(shards: ShardSet, index: int, meta: ClipMeta, view: sampling.View, image_size: int) -> torch.Tensor:
-    """What `view` takes of clip `index`: (T, 3, image_size, image_size) uint8 RGB.
+    """What `view` takes of clip `index`: (T, 3, image_size, image_size) uint8 RGB, channels last in memory.
 
     The crop is scaled with antialiased bicubic interpolation, as CLIP's is, and not at all where it has the size already.
 
@@ -181,7 +181,7 @@ def decode_clip(shards: ShardSet, index: int, meta: ClipMeta, view: sampling.Vie
         if (width, height) != (meta.width, meta.height):
             raise ShardError(f"{where}: is {width}x{height}; legal: {meta.width}x{meta.height}, as in the clip's JSON")
         video[t] = frame[top : top + side, left : left + side]
-    out = torch.from_numpy(video).permute(0, 3, 1, 2)  # channels last in memory: the fast case of interpolate on uint8
+    out = torch.from_numpy(video).permute(0, 3, 1, 2)  # channels last is the fast case of interpolate on uint8
     if side != image_size:
         out = F.interpolate(out, (image_size, image_size), mode="bicubic", antialias=True)
     return out.flip(-1) if view.flip else out
@@ -222,14 +222,14 @@ class _Clips(Dataset):
 
     def __getitems__(self, samples: list[tuple[int, int]]) -> dict[str, Any]:
         metas = [self.shards.meta(index) for _, index in samples]
-        clips = []
-        for meta, (epoch, index) in zip(metas, samples, strict=True):
+        video = torch.empty(len(samples), self.view_options["frames"], 3, self.image_size, self.image_size, dtype=torch.uint8)
+        for out, meta, (epoch, index) in zip(video, metas, samples, strict=True):
             stored = {"stored": len(meta.times), "width": meta.width, "height": meta.height}
             view = sampling.choose_view(self.seed, epoch, index, **stored, **self.view_options)
-            clips.append(decode_clip(self.shards, index, meta, view, self.image_size))
+            out.copy_(decode_clip(self.shards, index, meta, view, self.image_size))
         indices = np.array([index for _, index in samples])
         return {
-            "video": torch.stack(clips),
+            "video": video,
             "caption": self.tokenizer([meta.caption or "" for meta in metas]),
             "subtitle": self.tokenizer([meta.subtitle or "" for meta in metas]),
             "has_caption": torch.tensor([meta.caption is not None for meta in metas]),

@@ -154,9 +154,7 @@ class ShardWriter:
         if meta.key in self._keys:
             raise ShardError(f"{where}: field 'key' was written before; legal: a key of its own for each clip of a folder")
         if len(jpegs) != len(meta.times):
-            raise ShardError(
-                f"{where}: field 'times' has {len(meta.times)} entries for {len(jpegs)} frames; legal: one a frame"
-            )
+            raise ShardError(f"{where}: field 'times' has {len(meta.times)} entries; legal: {len(jpegs)}, one for each frame")
         for k, jpeg in enumerate(jpegs):
             if not jpeg.startswith(b"\xff\xd8"):
                 raise ShardError(f"{where}: frame {k} starts with {bytes(jpeg[:4])!r}; legal: a JPEG (starts with ff d8)")
