@@ -39,10 +39,12 @@ def test_ddp_on_several_ranks_is_the_whole_batch_on_one(found, split):
     one = loss_on_ranks.step(seed)
     several = [torch.load(folder / f"{split}.{rank}", weights_only=True) for rank in range(RANKS)]
     assert set(one) == {"loss", "video.weight", "video.bias", "text.weight", "text.bias", "log_scale"}
+    gradient_norm = torch.stack([gold.norm() for name, gold in one.items() if name != "loss"]).norm()
     for name, gold in one.items():
-        assert gold.norm() > 1e-3, f"{name}: nothing to compare"
+        assert gold.norm() > 1e-3 * gradient_norm, f"{name}: nothing to compare"
         for rank, ours in enumerate(several):
-            assert (ours[name] - gold).norm() <= 1e-6 * gold.norm(), (name, rank)
+            size = gold.norm() if name == "loss" else gradient_norm  # a bias alone may be small by cancellation
+            assert (ours[name] - gold).norm() <= 1e-6 * size, (name, rank)
     assert len({r["loss"].item() for r in (several if split == "world" else several[:2])}) == 1
 
 
