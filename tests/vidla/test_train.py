@@ -1,0 +1,268 @@
+"""The trainer: a step's gradients, and whole runs that are killed, stopped, resumed, spread over ranks."""
+
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from vidla import train
+from vidla.config import UsageError
+from vidla.loader import Batch
+from vidla.model import create_model
+
+from .train_runs import TINY, Workshop
+
+NO_AUTOCAST = torch.autocast("cpu", enabled=False)
+
+
+# ---- A step --------------------------------------------------------------------------------------------------------
+
+
+def tiny_model(tmp_path: Path, **options):
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY))
+    model = create_model(str(tmp_path / "tiny.json"), frames=4, **options)
+    for block in model.visual.transformer.resblocks:
+        torch.nn.init.normal_(block.tube_attn.out_proj.weight, std=0.1)  # at its start of zero, q, k and v get no gradient
+    return model
+
+
+def random_batch(size: int) -> Batch:
+    texts = torch.randint(1, 49000, (2, size, 12))
+    texts[:, :, 7] = 49407  # the end token
+    has = torch.rand(2, size) < 0.7
+    has[:, :2] = True
+    has[:, 3:6] = False  # a micro-batch of three without any text
+    keys = [f"k{i}" for i in range(size)]
+    source = torch.tensor([0, 1, 1, *range(2, size - 1)])
+    return Batch(torch.randn(size, 4, 3, 32, 32), *texts, *has, source, torch.arange(size), keys)
+
+
+def gradients(model, batch: Batch, micro_batch: int) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad(set_to_none=True)
+    loss = train.backward(model, batch, micro_batch, NO_AUTOCAST)
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 4, 7])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_micro_batches_give_the_large_batchs_gradients(micro_batch: int, dtype: torch.dtype, tmp_path: Path, seed: int):
+    model = tiny_model(tmp_path).to(dtype)
+    batch = random_batch(8)
+    batch.video = batch.video.to(dtype)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-6
+    loss, whole = gradients(model, batch, 8)
+    part_loss, parts = gradients(model, batch, micro_batch)
+    assert part_loss == pytest.approx(loss, rel=tolerance)
+    size = torch.cat([g.flatten() for g in whole.values()]).norm()
+    for name, gradient in whole.items():
+        assert (parts[name] - gradient).norm() <= tolerance * size, name
+        assert gradient.norm() > 0, name
+
+
+def test_only_texts_that_exist_are_encoded(tmp_path: Path, seed: int):
+    model, batch = tiny_model(tmp_path), random_batch(8)
+    rows = []
+    model.text.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    _, caption, subtitle = train.encode(model, batch, NO_AUTOCAST)
+    assert rows == [int(batch.has_caption.sum() + batch.has_subtitle.sum())]
+    for features, tokens, has in ((caption, batch.caption, batch.has_caption), (subtitle, batch.subtitle, batch.has_subtitle)):
+        torch.testing.assert_close(features[has], model.encode_text(tokens[has]))
+        assert not features[~has].any()
+
+
+def test_flops_are_the_closed_form_of_the_products(tmp_path: Path):
+    """Without MST tokens and tube attention the video tower is a ViT on each frame, whose products are known."""
+    model = tiny_model(tmp_path)
+    d, tokens, layers = 32, 1 + 4 * 2**2 + 2 * 3, 2
+    least = 2 * (layers - 1) * 12 * d * d * tokens + 2 * 2 * 12 * (12 * d * d)  # projections and MLPs; last layer: CLS only
+    assert least < train.forward_flops(model) < 4 * least
+
+
+def test_batch_must_be_shared_evenly():
+    assert train.share_of_batch(64, 4) == 16
+    with pytest.raises(UsageError, match=r"--data.batch-size 64 .* 3 processes"):
+        train.share_of_batch(64, 3)
+
+
+# ---- Runs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def whole(shop: Workshop) -> list[dict]:
+    """The log of a run that nothing disturbs."""
+    said = shop.run("whole")
+    last = said.strip().splitlines()[-1]
+    number = r"\d+\.\d+"
+    form = rf"final: step=8 loss={number} t2v_R@1={number} v2t_R@1={number} chance=0\.1667"
+    assert re.fullmatch(form, last), said
+    return shop.log("whole")
+
+
+NUMBERS = ("step", "loss", "grad_norm", "lr", "logit_scale", "keys_hash")
+
+
+def numbers(log: list[dict]) -> list[tuple]:
+    return [tuple(record[name] for name in NUMBERS) for record in log]
+
+
+def test_log_of_a_run(shop: Workshop, whole: list[dict]):
+    assert [record["step"] for record in whole] == list(range(1, 9))
+    for record in whole:
+        assert set(NUMBERS) | {"clips_per_s", "data_wait", "tflops_per_s"} <= set(record)
+        assert 0 <= record["data_wait"] <= 1
+    assert whole[-1]["lr"] == pytest.approx(1e-5)
+    assert "t2v_R@1" in whole[-1]
+    assert len({record["keys_hash"] for record in whole}) == 8
+    assert sorted(p.name for p in (shop.folder / "whole" / "checkpoints").iterdir()) == ["step-00000006", "step-00000008"]
+    assert list((shop.folder / "whole" / "tensorboard").iterdir())
+
+
+def test_keys_hash_is_of_the_global_batch_in_order(shop: Workshop, whole: list[dict]):
+    from vidla.sampling import global_batch
+    from vidla.shards import ShardSet
+
+    keys = ShardSet(shop.folder / "train").keys
+    for step, record in enumerate(whole):
+        assert record["keys_hash"] == train.keys_hash([keys[i] for _, i in global_batch(0, step, 8, len(keys))])
+
+
+def test_a_finished_run_only_says_its_result_again(shop: Workshop, whole: list[dict]):
+    before = (shop.folder / "whole" / "log.jsonl").read_text()
+    said = shop.run("whole")
+    assert "nothing is left to train" in said
+    assert said.strip().splitlines()[-1].startswith(f"final: step=8 loss={whole[-1]['loss']:.4f} ")
+    assert (shop.folder / "whole" / "log.jsonl").read_text() == before
+
+
+def test_config_toml_repeats_the_run(shop: Workshop, whole: list[dict]):
+    """From the written recipe, with a loader process and smaller micro-batches: the same clips, and losses up to rounding."""
+    again = ["--recipe", str(shop.folder / "whole" / "config.toml"), "--data.workers", "1", "--run.micro-batch", "3"]
+    shop.run("again", *again)
+    log = shop.log("again")
+    assert [r["keys_hash"] for r in log] == [r["keys_hash"] for r in whole]
+    assert [r["loss"] for r in log] == pytest.approx([r["loss"] for r in whole], rel=1e-5)
+
+
+def test_killed_at_random_moments_it_is_the_same_run(shop: Workshop, whole: list[dict], seed: int):
+    dice = random.Random(seed)
+    for attempt in range(6):
+        line = dice.randint(0, 7)
+        run = shop.start("killed", "--run.save-every", "1")
+        shop.wait_for_line("killed", line, run)
+        time.sleep(dice.uniform(0, 0.3))
+        run.kill()
+        log = [json.loads(text) for text in _whole_lines(shop.folder / "killed" / "log.jsonl")]
+        print(f"attempt {attempt}: killed with {len(log)} lines in the log")
+        assert [record["step"] for record in log] == list(range(1, len(log) + 1))
+    shop.run("killed", "--run.save-every", "3")
+    assert numbers(shop.log("killed")) == numbers(whole)  # bit for bit: JSON keeps every digit
+
+
+def _whole_lines(path: Path) -> list[str]:
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_goes_on(shop: Workshop, whole: list[dict], number: signal.Signals):
+    output = number.name
+    run = shop.start(output, "--run.save-every", "1000")
+    shop.wait_for_line(output, 2, run)
+    run.process.is_alive() and signal.pidfd_send_signal(_pidfd(run), number)
+    code, log = run.wait(), shop.log(output)
+    assert code == 128 + number, run.said()
+    assert 2 <= len(log) < 8
+    assert [p.name for p in (shop.folder / output / "checkpoints").iterdir()] == [f"step-{len(log):08d}"]
+    assert f"stopped by {number.name} after step {len(log)}" in run.said()
+    shop.run(output)
+    assert numbers(shop.log(output)) == numbers(whole)
+
+
+def _pidfd(run) -> int:
+    import os
+
+    return os.pidfd_open(run.process.pid)
+
+
+def test_not_finite_stops_with_the_keys_and_keeps_the_checkpoint(shop: Workshop):
+    said = shop.run("nan", "--optim.lr", "1e30", "--optim.warmup", "0", "--run.save-every", "1", code=1)
+    error = said.strip().splitlines()[-1]
+    step = len(shop.log("nan")) + 1
+    assert error.startswith("vidla.train: loss ")
+    assert f"at step {step}" in error
+    written = json.loads((shop.folder / "nan" / f"not-finite-step-{step}.json").read_text())
+    assert len(written["keys"]) == 8
+    assert all(key in error for key in written["keys"])
+    assert (shop.folder / "nan" / "checkpoints" / f"step-{step - 1:08d}").is_dir()
+
+
+def test_resume_refuses_another_run_and_names_the_option(shop: Workshop, whole: list[dict]):
+    for option, value, was in (("--seed", "1", "seed was 0, is 1"), ("--optim.lr", "2e-3", "optim.lr was 0.001, is 0.002")):
+        said = shop.run("whole", option, value, code=2)
+        assert was in said
+    said = shop.run("whole", "--data.train", str(shop.folder / "test"), code=2)
+    assert "data.train's content" in said
+    assert numbers(shop.log("whole")) == numbers(whole)
+
+
+def test_resume_never_moves_the_earlier_run_and_a_path_continues_it_elsewhere(shop: Workshop, whole: list[dict]):
+    shop.run("twice", "--steps", "2")
+    first = (shop.folder / "twice" / "log.jsonl").read_text()
+    shop.run("twice", "--steps", "1", "--resume", "never")
+    assert (shop.folder / "twice" / "previous-1" / "log.jsonl").read_text() == first
+    assert len(shop.log("twice")) == 1
+    checkpoint = shop.folder / "whole" / "checkpoints" / "step-00000006"
+    shop.run("twice", "--resume", str(checkpoint))
+    assert numbers(shop.log("twice")) == numbers(whole)[6:]
+    assert (shop.folder / "twice" / "previous-2" / "log.jsonl").exists()
+    assert "no such folder" in shop.run("twice", "--resume", "nowhere", code=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--data.train", "/nowhere"], "/nowhere"),
+        (["--model.name", "ViT-Z-99"], "ViT-Z-99"),
+        (["--model.levels", "-1"], "levels"),
+        (["--model.pretrained", "/nowhere.safetensors"], "/nowhere.safetensors"),
+    ],
+)
+def test_usage_errors_of_the_library_are_one_line(shop: Workshop, options: list[str], expected: str):
+    said = shop.run("refused", *options, code=2).strip()
+    errors = [line for line in said.splitlines() if line.startswith("vidla.train: ")]
+    assert len(errors) == 1
+    assert expected in errors[0]
+    assert "Traceback" not in said
+
+
+def test_two_ranks_are_the_same_run(shop: Workshop, whole: list[dict]):
+    """Also with micro-batches in each rank; and what two ranks have begun, one ends."""
+    shop.run_on_ranks(2, "ranks", "--run.micro-batch", "3")
+    log = shop.log("ranks")
+    assert [r["keys_hash"] for r in log] == [r["keys_hash"] for r in whole]
+    for name in ("loss", "grad_norm", "logit_scale"):
+        assert [r[name] for r in log] == pytest.approx([r[name] for r in whole], rel=1e-5), name
+    checkpoint = shop.folder / "ranks" / "checkpoints" / "step-00000006"
+    shop.run("one rank", "--resume", str(checkpoint))
+    assert [r["loss"] for r in shop.log("one rank")] == pytest.approx([r["loss"] for r in whole[6:]], rel=1e-5)
+
+
+def test_torchrun(shop: Workshop, whole: list[dict]):
+    """The real command, once, on two ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vidla.train"]
+    command += ["--recipe", str(shop.recipe), "--output", str(shop.folder / "torchrun")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1].startswith("final: step=8 ")
+    assert [r["loss"] for r in shop.log("torchrun")] == pytest.approx([r["loss"] for r in whole], rel=1e-5)
