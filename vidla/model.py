@@ -52,7 +52,6 @@ class VidLA(
     nn.Module,
     PyTorchModelHubMixin,
     library_name="vidla",
-    license="apache-2.0",
     tags=["video-text-retrieval"],
     paper_url="https://arxiv.org/abs/2403.14870",
 ):

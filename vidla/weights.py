@@ -289,9 +289,9 @@ def _check_shapes(tensors: dict[str, torch.Tensor], own: dict[str, torch.Tensor]
     bad = [key for key in own if key in tensors and tensors[key].shape != own[key].shape]
     if not bad:
         return
-    key = MST if MST in bad else bad[0]
+    key = bad[0]
     shapes = f"{key} is {tuple(tensors[key].shape)} in {checkpoint.source} and {tuple(own[key].shape)} in the model"
-    if key == MST:
+    if bad == [MST]:
         levels, tokens = tensors[MST].shape[:2]
         raise ValueError(
             f"{shapes}: MST tokens have a meaning by level and are not resized. "
