@@ -56,7 +56,7 @@ def parameter_groups(model: nn.Module, optim: Optim) -> list[dict]:
 def create_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
     """AdamW over `parameter_groups(model)`. The rate is set before each update from `learning_rate`."""
     groups = [group for group in parameter_groups(model, optim) if group["params"]]
-    fused = all(p.device.type == "cuda" for group in groups for p in group["params"])
+    fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused)
 
 
