@@ -37,30 +37,49 @@ class Tile:
 # from. fp16 and bf16 share rows: same bytes, same instructions. fp32 multiplies at full precision, which means FMA loops
 # whose operands sit in registers, so its tiles are smaller.
 _ROWS: dict[tuple[str, tuple[int, ...], str, tuple[int, ...]], tuple[Tile, ...]] = {
+    # Tube attention, a whole number of tubes in a tile; T > rows takes the next tile, T > all rows the long kernels.
+    # Registers and spills: Triton 3.8, CUDA 13 ptxas. Only the 64-row half tiles at D=64 have been timed (triton_tube.py).
+    # 64 rows: T=12 packs 5 tubes and T=16 packs 4, with 6 % and 0 % of the rows spare; at most 166 registers, 3 programs.
     ("tube_forward", (80,), "half", HEAD_DIMS): (Tile(64, 64, 4),),
+    # 65 to 128 frames stay one tile where wgmma reads operands from shared memory; on sm_80 128 rows spill from D=96.
     ("tube_forward", (90,), "half", HEAD_DIMS): (Tile(64, 64, 4), Tile(128, 128, 8)),
+    # 32 rows on sm_80: 66 registers at D=64 where 64 rows take 210, so many programs hide each other's waits for memory.
+    # 64 rows, for 33 to 64 frames, over 8 warps: over 4 D=128 spills.
+    ("tube_backward", (80,), "half", HEAD_DIMS): (Tile(32, 32, 4), Tile(64, 64, 8)),
+    ("tube_backward", (90,), "half", HEAD_DIMS): (Tile(64, 64, 4), Tile(128, 128, 8)),
+    # fp32: 32 rows spill at D=96 and 128 and take 247 registers at 80, where 16 rows take 44 to 80.
     ("tube_forward", (80, 90), "fp32", (32, 64)): (Tile(32, 32, 4),),
     ("tube_forward", (80, 90), "fp32", (80, 96, 128)): (Tile(16, 16, 4),),
-    ("tube_forward_long", (80, 90), "half", HEAD_DIMS): (Tile(64, 64, 4, 1),),
-    ("tube_forward_long", (80, 90), "fp32", HEAD_DIMS): (Tile(16, 16, 4, 1),),
-    ("tube_backward", (80,), "half", HEAD_DIMS): (Tile(32, 32, 4), Tile(64, 64, 4)),
-    ("tube_backward", (90,), "half", HEAD_DIMS): (Tile(64, 64, 4), Tile(128, 128, 8)),
     ("tube_backward", (80, 90), "fp32", (32, 64)): (Tile(32, 32, 4),),
     ("tube_backward", (80, 90), "fp32", (80, 96, 128)): (Tile(16, 16, 4),),
-    ("tube_backward_queries", (80, 90), "half", HEAD_DIMS): (Tile(64, 32, 4, 1),),
-    ("tube_backward_queries", (80, 90), "fp32", HEAD_DIMS): (Tile(16, 16, 4, 1),),
-    ("tube_backward_keys", (80, 90), "half", HEAD_DIMS): (Tile(32, 64, 4, 1),),
-    ("tube_backward_keys", (80, 90), "fp32", HEAD_DIMS): (Tile(16, 16, 4, 1),),
-    ("hier_forward", (80, 90), "half", HEAD_DIMS): (Tile(64, 32, 4, 3),),
-    ("hier_forward", (80, 90), "fp32", HEAD_DIMS): (Tile(32, 32, 4),),
+    # Long tubes, the largest tiles without spills: 64 keys spill at D=80 (forward) and D=64 (keys) on sm_80.
+    ("tube_forward_long", (80, 90), "half", HEAD_DIMS): (Tile(64, 32, 4),),
+    ("tube_backward_queries", (80, 90), "half", HEAD_DIMS): (Tile(64, 32, 4),),
+    ("tube_backward_keys", (80, 90), "half", HEAD_DIMS): (Tile(32, 32, 4),),
+    ("tube_forward_long", (80, 90), "fp32", HEAD_DIMS): (Tile(16, 16, 4),),
+    ("tube_backward_queries", (80, 90), "fp32", (32, 64, 80, 96)): (Tile(16, 16, 4),),
+    ("tube_backward_queries", (80, 90), "fp32", (128,)): (Tile(16, 16, 8),),  # over 4 warps 200 bytes spill
+    ("tube_backward_keys", (80, 90), "fp32", HEAD_DIMS): (Tile(16, 16, 8),),  # over 4 warps 8 bytes spill at D=80 and 128
+    # hier: hierarchical attention
+    ("hier_forward", (80, 90), "half", (32, 64)): (Tile(64, 32, 4, 3),),
+    ("hier_forward", (80,), "half", (80, 96, 128)): (Tile(32, 32, 4, 2),),
+    ("hier_forward", (90,), "half", (80, 96, 128)): (Tile(64, 32, 4, 3),),
+    ("hier_forward", (80, 90), "fp32", (32, 64)): (Tile(32, 32, 4),),
+    ("hier_forward", (80, 90), "fp32", (80, 96, 128)): (Tile(16, 16, 8),),
     ("hier_combine", (80, 90), "half", HEAD_DIMS): (Tile(16, 16, 4, 3),),
-    ("hier_combine", (80, 90), "fp32", HEAD_DIMS): (Tile(16, 16, 4, 3),),
-    ("hier_dq", (80, 90), "half", HEAD_DIMS): (Tile(64, 32, 4, 2),),
-    ("hier_dq", (80, 90), "fp32", HEAD_DIMS): (Tile(32, 32, 4),),
-    ("hier_dkv", (80, 90), "half", HEAD_DIMS): (Tile(32, 64, 4, 2),),
-    ("hier_dkv", (80, 90), "fp32", HEAD_DIMS): (Tile(32, 32, 4),),
+    ("hier_combine", (80, 90), "fp32", HEAD_DIMS): (Tile(16, 16, 8),),
+    ("hier_dq", (80, 90), "half", (32, 64)): (Tile(64, 32, 4, 2),),
+    ("hier_dq", (80,), "half", (80, 96, 128)): (Tile(16, 32, 4),),
+    ("hier_dq", (90,), "half", (80, 96, 128)): (Tile(64, 32, 8, 2),),
+    ("hier_dq", (80, 90), "fp32", (32, 64)): (Tile(32, 32, 8),),
+    ("hier_dq", (80, 90), "fp32", (80, 96, 128)): (Tile(16, 16, 8),),
+    ("hier_dkv", (80,), "half", (32, 64)): (Tile(16, 64, 4, 2),),
+    ("hier_dkv", (90,), "half", (32, 64)): (Tile(32, 64, 4, 2),),
+    ("hier_dkv", (80,), "half", (80, 96, 128)): (Tile(16, 64, 8, 2),),
+    ("hier_dkv", (90,), "half", (80, 96, 128)): (Tile(32, 64, 8, 2),),
+    ("hier_dkv", (80, 90), "fp32", HEAD_DIMS): (Tile(16, 32, 8),),
     ("hier_finish", (80, 90), "half", HEAD_DIMS): (Tile(16, 16, 4, 3),),
-    ("hier_finish", (80, 90), "fp32", HEAD_DIMS): (Tile(16, 16, 4, 3),),
+    ("hier_finish", (80, 90), "fp32", HEAD_DIMS): (Tile(16, 16, 8),),
 }
 
 TABLE: dict[tuple[str, int, str, int], tuple[Tile, ...]] = {

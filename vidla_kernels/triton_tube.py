@@ -5,10 +5,10 @@ A tube is the T rows of one place n; in memory they lie N tokens apart. Two ways
 packed (T fits a tile)  A program owns ROWS // T neighbouring tubes of one (batch, head): at 64 rows T=12 packs 5 (60 rows
     used), T=16 packs 4. Row r of the tile is frame r % T of tube r // T, read by stride where it lies, so no permuted copy
     of qkv is made. The ROWS x ROWS scores are masked to equal tube. Softmax rows are whole in the tile: no running maximum.
-    Spare rows at the end of a tile load zeros and are never stored.
+    Spare rows at the end of a tile read as zeros and are never stored.
 long (T exceeds every tile)  A program owns one tile of one tube's rows and walks over the tube's others, with the usual
     running maximum. The backward is two launches, one owning query rows, one owning key rows; the first leaves each row's
-    log-sum-exp and delta (8 bytes a row and head) for the second.
+    maximum, sum and delta (12 bytes a row and head) for the second.
 
 Backward: needs qkv and the output's gradient alone. P is computed again, and delta = rowsum(P * dP) replaces the product of
 the output with its gradient, so the forward saves nothing. The packed form is one launch that reads every row once.
@@ -40,19 +40,19 @@ _RUNTIME = ["T", "N", "H"]
 
 
 @triton.jit
-def _load(p_tile, m_tile, D: tl.constexpr, C: tl.constexpr):
+def _load(p_tile, m_row, D: tl.constexpr, C: tl.constexpr):
     """D columns of some rows as D / C tiles of C columns. Absent rows read as zeros."""
     b_tiles = ()
     for o_c in tl.static_range(0, D, C):
-        b_tiles = b_tiles + (tl.load(p_tile + o_c, mask=m_tile, other=0.0),)  # noqa: RUF005 - the compiler has no unpacking
+        b_tiles = b_tiles + (tl.load(p_tile + o_c, mask=m_row[:, None], other=0.0),)
     return b_tiles
 
 
 @triton.jit
-def _store(p_tile, b_tiles, m_tile, C: tl.constexpr):
+def _store(p_tile, b_tiles, m_row, C: tl.constexpr):
     """The inverse of `_load`, rounding to the dtype of the memory."""
     for c in tl.static_range(len(b_tiles)):
-        tl.store(p_tile + c * C, common.to(b_tiles[c], p_tile.dtype.element_ty), mask=m_tile)
+        tl.store(p_tile + c * C, common.to(b_tiles[c], p_tile.dtype.element_ty), mask=m_row[:, None])
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def _outer(b_w, b_x):
     """w @ x, tile by tile of columns."""
     b_tiles = ()
     for c in tl.static_range(len(b_x)):
-        b_tiles = b_tiles + (common.dot(b_w, b_x[c]),)  # noqa: RUF005
+        b_tiles = b_tiles + (common.dot(b_w, b_x[c]),)
     return b_tiles
 
 
@@ -78,7 +78,7 @@ def _scaled(b_x, b_factor):
     """Rows of x times one factor each."""
     b_tiles = ()
     for c in tl.static_range(len(b_x)):
-        b_tiles = b_tiles + (b_x[c] * b_factor[:, None],)  # noqa: RUF005
+        b_tiles = b_tiles + (b_x[c] * b_factor[:, None],)
     return b_tiles
 
 
@@ -86,7 +86,7 @@ def _scaled(b_x, b_factor):
 def _plus(b_x, b_y):
     b_tiles = ()
     for c in tl.static_range(len(b_x)):
-        b_tiles = b_tiles + (b_x[c] + b_y[c],)  # noqa: RUF005
+        b_tiles = b_tiles + (b_x[c] + b_y[c],)
     return b_tiles
 
 
@@ -94,8 +94,26 @@ def _plus(b_x, b_y):
 def _zeros(ROWS: tl.constexpr, D: tl.constexpr, C: tl.constexpr):
     b_tiles = ()
     for _ in tl.static_range(0, D, C):
-        b_tiles = b_tiles + (tl.zeros((ROWS, C), tl.float32),)  # noqa: RUF005
+        b_tiles = b_tiles + (tl.zeros((ROWS, C), tl.float32),)
     return b_tiles
+
+
+@triton.jit
+def _scores(b_q, b_k, scale):
+    """Scores with the sign of the scale, not its size: their maximum is that of the scaled ones."""
+    return _inner(b_q, b_k) * tl.where(scale < 0, -1.0, 1.0)
+
+
+@triton.jit
+def _factor(scale):
+    """What turns a difference of `_scores` into an exponent of 2."""
+    return tl.abs(scale) * common.LOG2E
+
+
+@triton.jit
+def _weights(b_s, b_max, m_pair, scale):
+    """exp(score - maximum), 0 where hidden. Scaled after the subtraction, to round the small number and not the large."""
+    return tl.exp2(tl.where(m_pair, (b_s - b_max[:, None]) * _factor(scale), common.HIDDEN))
 
 
 # ---------------------------------------------------------------------------------------------------------------- packed
@@ -116,52 +134,46 @@ def _packed_rows(T, N, H, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _packed_weights(b_q, b_k, o_tube, m_row, scale):
-    """exp of the scores less their row's maximum, and its row sums: the softmax before division.
-
-    Spare rows see no key, so all their scores are HIDDEN and equal: finite, and not stored.
-    """
-    b_s = _inner(b_q, b_k) * (scale * common.LOG2E)
-    b_s = tl.where((o_tube[:, None] == o_tube[None]) & m_row[None], b_s, common.HIDDEN)
-    b_p = tl.exp2(b_s - tl.max(b_s, 1)[:, None])
+def _packed_weights(b_q, b_k, o_tube, scale):
+    """The softmax before division, and its row sums. Spare tubes are zeros that see each other: no row is empty."""
+    m_pair = o_tube[:, None] == o_tube[None]
+    b_s = _scores(b_q, b_k, scale)
+    b_max = tl.max(tl.where(m_pair, b_s, common.HIDDEN), 1)
+    b_p = _weights(b_s, b_max, m_pair, scale)
     return b_p, tl.sum(b_p, 1)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
-def forward_packed(
-    p_qkv, p_out, qkv_sb, qkv_ss, qkv_s3, qkv_sh, scale, T, N, H, D: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr
-):
+def forward_packed(p_qkv, p_out, qkv_sb, qkv_ss, qkv_s3, qkv_sh, scale, T, N, H, D: tl.constexpr, ROWS: tl.constexpr):
     i_b, i_h, o_tube, o_token, m_row = _packed_rows(T, N, H, ROWS)
+    C: tl.constexpr = D & -D
     o_c = tl.arange(0, C)[None]
-    m_tile = m_row[:, None]
 
     p_q = p_qkv + i_b * qkv_sb + i_h * qkv_sh + o_token[:, None] * qkv_ss + o_c
-    b_q = _load(p_q, m_tile, D, C)
-    b_k = _load(p_q + qkv_s3, m_tile, D, C)
-    b_v = _load(p_q + qkv_s3 + qkv_s3, m_tile, D, C)
+    b_q = _load(p_q, m_row, D, C)
+    b_k = _load(p_q + qkv_s3, m_row, D, C)
+    b_v = _load(p_q + qkv_s3 + qkv_s3, m_row, D, C)
 
-    b_p, b_sum = _packed_weights(b_q, b_k, o_tube, m_row, scale)
+    b_p, b_sum = _packed_weights(b_q, b_k, o_tube, scale)
     b_out = _scaled(_outer(common.to(b_p, b_q[0].dtype), b_v), 1 / b_sum)
-    _store(p_out + ((i_b * T * N + o_token[:, None]) * H + i_h) * D + o_c, b_out, m_tile, C)
+    _store(p_out + ((i_b * T * N + o_token[:, None]) * H + i_h) * D + o_c, b_out, m_row, C)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
-def backward_packed(
-    p_do, p_qkv, p_dqkv, qkv_sb, qkv_ss, qkv_s3, qkv_sh, scale, T, N, H, D: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr
-):
+def backward_packed(p_do, p_qkv, p_dqkv, qkv_sb, qkv_ss, qkv_s3, qkv_sh, scale, T, N, H, D: tl.constexpr, ROWS: tl.constexpr):
     i_b, i_h, o_tube, o_token, m_row = _packed_rows(T, N, H, ROWS)
+    C: tl.constexpr = D & -D
     o_c = tl.arange(0, C)[None]
-    m_tile = m_row[:, None]
     o_out = i_b * T * N + o_token[:, None]  # row in the contiguous gradients
 
     p_q = p_qkv + i_b * qkv_sb + i_h * qkv_sh + o_token[:, None] * qkv_ss + o_c
-    b_q = _load(p_q, m_tile, D, C)
-    b_k = _load(p_q + qkv_s3, m_tile, D, C)
-    b_v = _load(p_q + qkv_s3 + qkv_s3, m_tile, D, C)
-    b_do = _load(p_do + (o_out * H + i_h) * D + o_c, m_tile, D, C)
+    b_q = _load(p_q, m_row, D, C)
+    b_k = _load(p_q + qkv_s3, m_row, D, C)
+    b_v = _load(p_q + qkv_s3 + qkv_s3, m_row, D, C)
+    b_do = _load(p_do + (o_out * H + i_h) * D + o_c, m_row, D, C)
 
     # The gradient of a spare row's output reads as zero, and so are its dP, delta and dS: it adds nothing to dK and dV.
-    b_p, b_sum = _packed_weights(b_q, b_k, o_tube, m_row, scale)
+    b_p, b_sum = _packed_weights(b_q, b_k, o_tube, scale)
     b_p = b_p * (1 / b_sum)[:, None]
     b_dp = _inner(b_do, b_v)
     b_delta = tl.sum(b_p * b_dp, 1)
@@ -169,9 +181,9 @@ def backward_packed(
     b_p = common.to(b_p, b_q[0].dtype)
 
     p_dq = p_dqkv + (o_out * 3 * H + i_h) * D + o_c
-    _store(p_dq, _outer(b_ds, b_k), m_tile, C)
-    _store(p_dq + H * D, _outer(tl.trans(b_ds), b_q), m_tile, C)
-    _store(p_dq + 2 * H * D, _outer(tl.trans(b_p), b_do), m_tile, C)
+    _store(p_dq, _outer(b_ds, b_k), m_row, C)
+    _store(p_dq + H * D, _outer(tl.trans(b_ds), b_q), m_row, C)
+    _store(p_dq + 2 * H * D, _outer(tl.trans(b_p), b_do), m_row, C)
 
 
 # ------------------------------------------------------------------------------------------------------------------ long
@@ -187,8 +199,9 @@ def _long_place(T, N, H, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _long_scores(b_q, b_k, m_key, scale):
-    return tl.where(m_key[None], _inner(b_q, b_k) * (scale * common.LOG2E), common.HIDDEN)
+def _long_rows(o_t, i_n, T, N):
+    """Tokens of the tube's rows of frames o_t, as a column, and whether the rows are real."""
+    return (o_t * N + i_n).to(tl.int64)[:, None], o_t < T
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -204,35 +217,32 @@ def forward_long(
     N,
     H,
     D: tl.constexpr,
-    C: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     i_b, i_h, i_n, i_t = _long_place(T, N, H, ROWS)
+    C: tl.constexpr = D & -D
     o_c = tl.arange(0, C)[None]
-    o_row, o_key = i_t + tl.arange(0, ROWS), tl.arange(0, KEYS)
-    o_token = (o_row * N + i_n).to(tl.int64)[:, None]
-    m_tile = (o_row < T)[:, None]
+    o_token, m_row = _long_rows(i_t + tl.arange(0, ROWS), i_n, T, N)
 
     p_tube = p_qkv + i_b * qkv_sb + i_h * qkv_sh + o_c
-    b_q = _load(p_tube + o_token * qkv_ss, m_tile, D, C)
+    b_q = _load(p_tube + o_token * qkv_ss, m_row, D, C)
     b_max = tl.full((ROWS,), common.HIDDEN, tl.float32)
     b_sum = tl.zeros((ROWS,), tl.float32)
     b_out = _zeros(ROWS, D, C)
-    for i_key in tl.range(0, T, KEYS, num_stages=STAGES):
-        m_key = i_key + o_key < T
-        p_k = p_tube + ((i_key + o_key) * N + i_n).to(tl.int64)[:, None] * qkv_ss + qkv_s3
-        b_k = _load(p_k, m_key[:, None], D, C)
-        b_v = _load(p_k + qkv_s3, m_key[:, None], D, C)
-        b_s = _long_scores(b_q, b_k, m_key, scale)
-        b_new = tl.maximum(b_max, tl.max(b_s, 1))
-        b_old = tl.exp2(b_max - b_new)
-        b_p = tl.exp2(b_s - b_new[:, None])
+    for i_key in range(0, T, KEYS):
+        o_key, m_key = _long_rows(i_key + tl.arange(0, KEYS), i_n, T, N)
+        p_k = p_tube + o_key * qkv_ss + qkv_s3
+        b_k = _load(p_k, m_key, D, C)
+        b_v = _load(p_k + qkv_s3, m_key, D, C)
+        b_s = _scores(b_q, b_k, scale)
+        b_new = tl.maximum(b_max, tl.max(tl.where(m_key[None], b_s, common.HIDDEN), 1))
+        b_old = tl.exp2((b_max - b_new) * _factor(scale))
+        b_p = _weights(b_s, b_new, m_key[None], scale)
         b_sum = b_sum * b_old + tl.sum(b_p, 1)
         b_out = _plus(_scaled(b_out, b_old), _outer(common.to(b_p, b_q[0].dtype), b_v))
         b_max = b_new
-    _store(p_out + ((i_b * T * N + o_token) * H + i_h) * D + o_c, _scaled(b_out, 1 / b_sum), m_tile, C)
+    _store(p_out + ((i_b * T * N + o_token) * H + i_h) * D + o_c, _scaled(b_out, 1 / b_sum), m_row, C)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -240,8 +250,7 @@ def backward_long_queries(
     p_do,
     p_qkv,
     p_dqkv,
-    p_lse,
-    p_delta,
+    p_stat,
     qkv_sb,
     qkv_ss,
     qkv_s3,
@@ -251,56 +260,54 @@ def backward_long_queries(
     N,
     H,
     D: tl.constexpr,
-    C: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    """dQ of a tile of query rows, and for `backward_long_keys` their log-sum-exp (base 2) and delta, each (B, H, N, T)."""
+    """dQ of a tile of query rows, and for `backward_long_keys` their maximum, 1 / sum and delta, (B, H, N, 3, T)."""
     i_b, i_h, i_n, i_t = _long_place(T, N, H, ROWS)
+    C: tl.constexpr = D & -D
     o_c = tl.arange(0, C)[None]
-    o_row, o_key = i_t + tl.arange(0, ROWS), tl.arange(0, KEYS)
-    o_token = (o_row * N + i_n).to(tl.int64)[:, None]
-    o_out = i_b * T * N + o_token
-    m_tile = (o_row < T)[:, None]
+    o_token, m_row = _long_rows(i_t + tl.arange(0, ROWS), i_n, T, N)
+    o_out = i_b * T * N + o_token  # row in the contiguous gradients
 
     p_tube = p_qkv + i_b * qkv_sb + i_h * qkv_sh + o_c
-    b_q = _load(p_tube + o_token * qkv_ss, m_tile, D, C)
-    b_do = _load(p_do + (o_out * H + i_h) * D + o_c, m_tile, D, C)
+    b_q = _load(p_tube + o_token * qkv_ss, m_row, D, C)
+    b_do = _load(p_do + (o_out * H + i_h) * D + o_c, m_row, D, C)
 
     # First walk: maximum, sum, and delta relative to both.
     b_max = tl.full((ROWS,), common.HIDDEN, tl.float32)
     b_sum = tl.zeros((ROWS,), tl.float32)
     b_delta = tl.zeros((ROWS,), tl.float32)
-    for i_key in tl.range(0, T, KEYS, num_stages=STAGES):
-        m_key = i_key + o_key < T
-        p_k = p_tube + ((i_key + o_key) * N + i_n).to(tl.int64)[:, None] * qkv_ss + qkv_s3
-        b_k = _load(p_k, m_key[:, None], D, C)
-        b_v = _load(p_k + qkv_s3, m_key[:, None], D, C)
-        b_s = _long_scores(b_q, b_k, m_key, scale)
-        b_new = tl.maximum(b_max, tl.max(b_s, 1))
-        b_old = tl.exp2(b_max - b_new)
-        b_p = tl.exp2(b_s - b_new[:, None])
+    for i_key in range(0, T, KEYS):
+        o_key, m_key = _long_rows(i_key + tl.arange(0, KEYS), i_n, T, N)
+        p_k = p_tube + o_key * qkv_ss + qkv_s3
+        b_k = _load(p_k, m_key, D, C)
+        b_v = _load(p_k + qkv_s3, m_key, D, C)
+        b_s = _scores(b_q, b_k, scale)
+        b_new = tl.maximum(b_max, tl.max(tl.where(m_key[None], b_s, common.HIDDEN), 1))
+        b_old = tl.exp2((b_max - b_new) * _factor(scale))
+        b_p = _weights(b_s, b_new, m_key[None], scale)
         b_sum = b_sum * b_old + tl.sum(b_p, 1)
         b_delta = b_delta * b_old + tl.sum(b_p * _inner(b_do, b_v), 1)
         b_max = b_new
-    b_lse = b_max + tl.log2(b_sum)
-    b_delta = b_delta / b_sum
-    o_stat = ((i_b * H + i_h) * N + i_n) * T + o_row
-    tl.store(p_lse + o_stat, b_lse, mask=o_row < T)
-    tl.store(p_delta + o_stat, b_delta, mask=o_row < T)
+    b_norm = 1 / b_sum
+    b_delta *= b_norm
+    p_row = p_stat + ((i_b * H + i_h) * N + i_n) * 3 * T + i_t + tl.arange(0, ROWS)
+    tl.store(p_row, b_max, mask=m_row)
+    tl.store(p_row + T, b_norm, mask=m_row)
+    tl.store(p_row + 2 * T, b_delta, mask=m_row)
 
     # Second walk: dQ.
     b_dq = _zeros(ROWS, D, C)
-    for i_key in tl.range(0, T, KEYS, num_stages=STAGES):
-        m_key = i_key + o_key < T
-        p_k = p_tube + ((i_key + o_key) * N + i_n).to(tl.int64)[:, None] * qkv_ss + qkv_s3
-        b_k = _load(p_k, m_key[:, None], D, C)
-        b_v = _load(p_k + qkv_s3, m_key[:, None], D, C)
-        b_p = tl.exp2(_long_scores(b_q, b_k, m_key, scale) - b_lse[:, None])
+    for i_key in range(0, T, KEYS):
+        o_key, m_key = _long_rows(i_key + tl.arange(0, KEYS), i_n, T, N)
+        p_k = p_tube + o_key * qkv_ss + qkv_s3
+        b_k = _load(p_k, m_key, D, C)
+        b_v = _load(p_k + qkv_s3, m_key, D, C)
+        b_p = _weights(_scores(b_q, b_k, scale), b_max, m_key[None], scale) * b_norm[:, None]
         b_ds = b_p * (_inner(b_do, b_v) - b_delta[:, None]) * scale
         b_dq = _plus(b_dq, _outer(common.to(b_ds, b_q[0].dtype), b_k))
-    _store(p_dqkv + (o_out * 3 * H + i_h) * D + o_c, b_dq, m_tile, C)
+    _store(p_dqkv + (o_out * 3 * H + i_h) * D + o_c, b_dq, m_row, C)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -308,8 +315,7 @@ def backward_long_keys(
     p_do,
     p_qkv,
     p_dqkv,
-    p_lse,
-    p_delta,
+    p_stat,
     qkv_sb,
     qkv_ss,
     qkv_s3,
@@ -319,40 +325,36 @@ def backward_long_keys(
     N,
     H,
     D: tl.constexpr,
-    C: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """dK and dV of a tile of key rows, walking over the tube's query rows. Runs after `backward_long_queries`."""
     i_b, i_h, i_n, i_t = _long_place(T, N, H, KEYS)
+    C: tl.constexpr = D & -D
     o_c = tl.arange(0, C)[None]
-    o_row, o_key = tl.arange(0, ROWS), i_t + tl.arange(0, KEYS)
-    o_token = (o_key * N + i_n).to(tl.int64)[:, None]
-    m_key = o_key < T
-    m_tile = m_key[:, None]
+    o_token, m_key = _long_rows(i_t + tl.arange(0, KEYS), i_n, T, N)
 
     p_tube = p_qkv + i_b * qkv_sb + i_h * qkv_sh + o_c
-    b_k = _load(p_tube + o_token * qkv_ss + qkv_s3, m_tile, D, C)
-    b_v = _load(p_tube + o_token * qkv_ss + qkv_s3 + qkv_s3, m_tile, D, C)
+    b_k = _load(p_tube + o_token * qkv_ss + qkv_s3, m_key, D, C)
+    b_v = _load(p_tube + o_token * qkv_ss + qkv_s3 + qkv_s3, m_key, D, C)
+    p_row = p_stat + ((i_b * H + i_h) * N + i_n) * 3 * T + tl.arange(0, ROWS)
     b_dk = _zeros(KEYS, D, C)
     b_dv = _zeros(KEYS, D, C)
-    for i_row in tl.range(0, T, ROWS, num_stages=STAGES):
-        # Absent query rows read zeros everywhere: P = 1 meets dO = 0, and dS = 0.
-        m_row = i_row + o_row < T
-        o_query = ((i_row + o_row) * N + i_n).to(tl.int64)[:, None]
-        o_stat = ((i_b * H + i_h) * N + i_n) * T + i_row + o_row
-        b_q = _load(p_tube + o_query * qkv_ss, m_row[:, None], D, C)
-        b_do = _load(p_do + ((i_b * T * N + o_query) * H + i_h) * D + o_c, m_row[:, None], D, C)
-        b_lse = tl.load(p_lse + o_stat, mask=m_row, other=0.0)
-        b_delta = tl.load(p_delta + o_stat, mask=m_row, other=0.0)
-        b_p = tl.exp2(_long_scores(b_q, b_k, m_key, scale) - b_lse[:, None])
+    for i_row in range(0, T, ROWS):
+        # Absent query rows read zeros everywhere, 1 / sum included: their P and dS are zero.
+        o_query, m_row = _long_rows(i_row + tl.arange(0, ROWS), i_n, T, N)
+        b_q = _load(p_tube + o_query * qkv_ss, m_row, D, C)
+        b_do = _load(p_do + ((i_b * T * N + o_query) * H + i_h) * D + o_c, m_row, D, C)
+        b_max = tl.load(p_row + i_row, mask=m_row, other=0.0)
+        b_norm = tl.load(p_row + i_row + T, mask=m_row, other=0.0)
+        b_delta = tl.load(p_row + i_row + 2 * T, mask=m_row, other=0.0)
+        b_p = _weights(_scores(b_q, b_k, scale), b_max, m_key[None], scale) * b_norm[:, None]
         b_ds = b_p * (_inner(b_do, b_v) - b_delta[:, None]) * scale
         b_dk = _plus(b_dk, _outer(tl.trans(common.to(b_ds, b_k[0].dtype)), b_q))
         b_dv = _plus(b_dv, _outer(tl.trans(common.to(b_p, b_k[0].dtype)), b_do))
     p_dk = p_dqkv + ((i_b * T * N + o_token) * 3 * H + H + i_h) * D + o_c
-    _store(p_dk, b_dk, m_tile, C)
-    _store(p_dk + H * D, b_dv, m_tile, C)
+    _store(p_dk, b_dk, m_key, C)
+    _store(p_dk + H * D, b_dv, m_key, C)
 
 
 # ------------------------------------------------------------------------------------------------------------------ host
@@ -383,15 +385,15 @@ def forward(qkv: torch.Tensor, layout: TokenLayout, scale: float) -> torch.Tenso
     B, tokens, _, H, D = qkv.shape
     T, N = layout.frames, layout.patches
     out = torch.empty(B, tokens, H, D, dtype=qkv.dtype, device=qkv.device)
-    args = (qkv, out, *qkv.stride()[:4], scale, T, N, H)
+    args = (qkv, out, *qkv.stride()[:4], float(scale), T, N, H)
     if tile := _packing("tube_forward", qkv, T):
         grid = (B * H * triton.cdiv(N, tile.rows // T),)
-        common.launch(forward_packed, grid, *args, D=D, C=D & -D, ROWS=tile.rows, num_warps=tile.warps)
+        common.launch(forward_packed, grid, *args, D=D, ROWS=tile.rows, num_warps=tile.warps)
     else:
         (tile,) = tiles.lookup("tube_forward_long", qkv.device, qkv.dtype, D)
         grid = (B * H * N * triton.cdiv(T, tile.rows),)
-        sizes = {"D": D, "C": D & -D, "ROWS": tile.rows, "KEYS": tile.keys, "STAGES": tile.stages}
-        common.launch(forward_long, grid, *args, **sizes, num_warps=tile.warps)
+        sizes = {"D": D, "ROWS": tile.rows, "KEYS": tile.keys}
+        common.launch(forward_long, grid, *args, **sizes, num_warps=tile.warps, num_stages=tile.stages)
     return out
 
 
@@ -408,17 +410,18 @@ def backward(grad_out: torch.Tensor, qkv: torch.Tensor, layout: TokenLayout, sca
     B, tokens, _, H, D = qkv.shape
     T, N = layout.frames, layout.patches
     dqkv = torch.empty(B, tokens, 3, H, D, dtype=qkv.dtype, device=qkv.device)
-    args = (*qkv.stride()[:4], scale, T, N, H)
+    args = (*qkv.stride()[:4], float(scale), T, N, H)
     if tile := _packing("tube_backward", qkv, T):
         grid = (B * H * triton.cdiv(N, tile.rows // T),)
-        sizes = {"D": D, "C": D & -D, "ROWS": tile.rows, "num_warps": tile.warps}
-        common.launch(backward_packed, grid, grad_out, qkv, dqkv, *args, **sizes)
+        sizes = {"D": D, "ROWS": tile.rows}
+        common.launch(backward_packed, grid, grad_out, qkv, dqkv, *args, **sizes, num_warps=tile.warps)
     else:
-        lse, delta = torch.empty(2, B, H, N, T, dtype=torch.float32, device=qkv.device)
+        stat = torch.empty(B, H, N, 3, T, dtype=torch.float32, device=qkv.device)
         for kernel, name in ((backward_long_queries, "tube_backward_queries"), (backward_long_keys, "tube_backward_keys")):
             (tile,) = tiles.lookup(name, qkv.device, qkv.dtype, D)
             owned = tile.rows if kernel is backward_long_queries else tile.keys
-            sizes = {"D": D, "C": D & -D, "ROWS": tile.rows, "KEYS": tile.keys, "STAGES": tile.stages}
             grid = (B * H * N * triton.cdiv(T, owned),)
-            common.launch(kernel, grid, grad_out, qkv, dqkv, lse, delta, *args, **sizes, num_warps=tile.warps)
+            sizes = {"D": D, "ROWS": tile.rows, "KEYS": tile.keys}
+            options = {"num_warps": tile.warps, "num_stages": tile.stages}
+            common.launch(kernel, grid, grad_out, qkv, dqkv, stat, *args, **sizes, **options)
     return dqkv
