@@ -38,16 +38,16 @@ class Tile:
 # whose operands sit in registers, so its tiles are smaller.
 _ROWS: dict[tuple[str, tuple[int, ...], str, tuple[int, ...]], tuple[Tile, ...]] = {
     # Tube attention, a whole number of tubes in a tile; T > rows takes the next tile, T > all rows the long kernels.
-    # Registers and spills: Triton 3.8, CUDA 13 ptxas. Only the 64-row half tiles at D=64 have been timed (triton_tube.py).
+    # Registers and spills: Triton 3.8. Only the 64-row half tiles at D=64 have been timed (triton_tube.py).
     # 64 rows: T=12 packs 5 tubes and T=16 packs 4, with 6 % and 0 % of the rows spare; at most 166 registers, 3 programs.
     ("tube_forward", (80,), "half", HEAD_DIMS): (Tile(64, 64, 4),),
     # 65 to 128 frames stay one tile where wgmma reads operands from shared memory; on sm_80 128 rows spill from D=96.
     ("tube_forward", (90,), "half", HEAD_DIMS): (Tile(64, 64, 4), Tile(128, 128, 8)),
-    # 32 rows on sm_80: 66 registers at D=64 where 64 rows take 210, so many programs hide each other's waits for memory.
+    # 32 rows on sm_80: 67 registers at D=64 where 64 rows take 219, so 7 programs are resident instead of 2. Not timed.
     # 64 rows, for 33 to 64 frames, over 8 warps: over 4 D=128 spills.
     ("tube_backward", (80,), "half", HEAD_DIMS): (Tile(32, 32, 4), Tile(64, 64, 8)),
     ("tube_backward", (90,), "half", HEAD_DIMS): (Tile(64, 64, 4), Tile(128, 128, 8)),
-    # fp32: 32 rows spill at D=96 and 128 and take 247 registers at 80, where 16 rows take 44 to 80.
+    # fp32: 32 rows spill at D=96 and 128 and take 247 registers at 80, where 16 rows take 42 to 80.
     ("tube_forward", (80, 90), "fp32", (32, 64)): (Tile(32, 32, 4),),
     ("tube_forward", (80, 90), "fp32", (80, 96, 128)): (Tile(16, 16, 4),),
     ("tube_backward", (80, 90), "fp32", (32, 64)): (Tile(32, 32, 4),),
