@@ -12,11 +12,10 @@ from functools import cache
 
 import torch
 
+from . import tiles
 from .layout import TokenLayout
 
 NAMES = ("cuda", "triton", "portable", "reference")  # fastest first on a GPU
-KERNEL_HEAD_DIMS = (32, 64, 80, 96, 128)
-KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -63,11 +62,7 @@ def refuses(name: str, case: Case) -> str | None:
         return reason
     if name in ("portable", "reference"):
         return None
-    if case.head_dim not in KERNEL_HEAD_DIMS:
-        return f"head dim {case.head_dim}: {name} has {', '.join(map(str, KERNEL_HEAD_DIMS))}"
-    if case.dtype not in KERNEL_DTYPES:
-        return f"{case.dtype}: {name} has float16, bfloat16 and float32"
-    return None
+    return tiles.unsupported(case.dtype, case.head_dim)  # every layout is served
 
 
 def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:

@@ -7,10 +7,9 @@ from typing import NamedTuple
 import torch
 
 from vidla_kernels import TokenLayout, hierarchical_attention, tube_attention
-from vidla_kernels.backends import KERNEL_HEAD_DIMS
+from vidla_kernels.tiles import DTYPES, HEAD_DIMS
 
 OPS = {"tube": tube_attention, "hierarchical": hierarchical_attention}
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def random_case(rng: random.Random) -> Case:
         random_layout(rng),
         batch=rng.choice((1, 2, 3)),
         heads=rng.choice((1, 2, 3)),
-        head_dim=rng.choice(KERNEL_HEAD_DIMS),
+        head_dim=rng.choice(HEAD_DIMS),
         dtype=rng.choice(DTYPES),
         magnitude=rng.choice((0.1, 1.0, 1.0, 4.0)),
         sliced=rng.random() < 0.3,
@@ -109,7 +108,7 @@ def _layout(T: int, N: int, U: int = 3, V: int = 4, r: int = 2, cls: bool = Fals
 
 
 # Every head dimension in every dtype, on a layout whose tiles are all ragged.
-CASES = [Case(_layout(3, 21), head_dim=D, dtype=dtype) for D in KERNEL_HEAD_DIMS for dtype in DTYPES]
+CASES = [Case(_layout(3, 21), head_dim=D, dtype=dtype) for D in HEAD_DIMS for dtype in DTYPES]
 # Frames: one, fewer and more than a tile's worth of tubes, beyond one tile, the limit.
 CASES += [Case(_layout(T, 5), heads=1, dtype=torch.float16) for T in (1, 2, 12, 16, 32)]
 CASES += [Case(_layout(T, 2), heads=1, head_dim=32) for T in (17, 33, 64, 65, 100, 128)]

@@ -114,8 +114,8 @@ def test_refusals_say_what_is_wrong_and_what_is_legal(device):
 
 def test_kernels_refuse_what_they_do_not_have(device, triton_here):
     for head_dim, dtype, reason in (
-        (72, torch.float32, "head dim 72: triton has 32"),
-        (64, torch.float64, "float64: triton has"),
+        (72, torch.float32, "head dimension 72: the triton backend has 32"),
+        (64, torch.float64, "float64: the triton backend has"),
     ):
         qkv = torch.zeros(1, LAYOUT.seq_len, 3, 1, head_dim, dtype=dtype, device=device)
         with pytest.raises(RuntimeError, match=reason):
