@@ -17,12 +17,13 @@ Reduction across programs: none. Every row of every gradient has one owner: no a
 A row of D columns is held as D / C tiles of C columns, C being the largest power of two that divides D: 80 is 5 x 16 and
 96 is 3 x 32, with no padded column to load, mask or multiply.
 
-T, N and H are runtime values: a kernel is compiled per dtype, D and tile (tiles.py), so a new T compiles something only
-when it is the first to need another tile.
+T, N and H are runtime values: a kernel is compiled per dtype, D and tile (tiles.py). A new T compiles something only when
+it is the first in its class: in half precision up to 64 frames (A100's backward: 32, then 64), on H100 then 128, then long;
+in fp32 up to 32 frames (16 from D=80), then long.
 
-Bound by memory: 4 units of B*T*N*H*D elements forward, 7 backward, all compulsory in the packed form. The same packing with
-rows padded to a power of two, timed on an H100 80GB (Triton 3.6, bf16, D=64, H=12, B=32, T=12), took 1.06 (forward) and 1.05
-(backward) of the time to move those bytes at N=196, and 1.29 and 1.13 at N=49. This file has not been timed.
+Bound by memory: 4 units of B*T*N*H*D elements forward, 7 backward, all compulsory in the packed form. A prototype of that
+form with the same tiles, timed on an H100 80GB (Triton 3.6, bf16, D=64, H=12, B=32, T=12), took 1.06 (forward) and 1.05
+(backward) of the time to move those bytes at N=196, and 1.29 and 1.13 at N=49. This file itself has not been timed.
 """
 
 from __future__ import annotations
