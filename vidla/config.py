@@ -37,9 +37,9 @@ class Model:
     """The network. Defaults are the paper's: 12 frames, hierarchy U-V-r = 3-4-2."""
 
     name: str = "vidla-tiny"
-    """A model name of open_clip (ViT-B-32-quickgelu), or of vidla/model_configs (vidla-tiny)."""
+    """A model name of open_clip (ViT-B-32-quickgelu) or of vidla/model_configs (vidla-tiny), or the path of a .json."""
     pretrained: str = ""
-    """Starting weights: an open_clip tag or a path. Empty: random."""
+    """Starting weights: an open_clip tag, a path, or the output of a run (its newest checkpoint). Empty: random."""
     frames: int = 12
     """T, frames sampled from a clip."""
     levels: int = 3
@@ -152,7 +152,7 @@ examples:
 
 recipes: {recipes}
 
-exit codes: 0 finished, 2 usage error, 143 stopped by SIGTERM after saving, 1 anything else"""
+exit codes: 0 finished, 2 usage error, 143 or 130 stopped by SIGTERM or Ctrl-C after saving, 1 anything else"""
 
 
 def recipe_names() -> list[str]:

@@ -15,6 +15,7 @@ which gives the same bits, takes 22 us and 0.44 ms, but torchvision 0.29 announc
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -140,7 +141,7 @@ class ClipLoader:
     def __iter__(self) -> Iterator[Batch]:
         parallel: dict[str, Any] = {}
         if self.workers:  # a worker runs torch on one thread: the DataLoader sees to that
-            parallel = {"num_workers": self.workers, "prefetch_factor": PREFETCH}
+            parallel = {"num_workers": self.workers, "prefetch_factor": PREFETCH, "worker_init_fn": _leave_group}
         loader = DataLoader(
             self.clips,
             batch_sampler=self._samples(),
@@ -153,6 +154,12 @@ class ClipLoader:
             batch = Batch(**fields).to(self.device, non_blocking=True)
             batch.video = normalise(batch.video)
             yield batch
+
+
+def _leave_group(_: int) -> None:
+    """A signal to the trainer's process group (Ctrl-C, a scheduler's SIGTERM) must not kill its workers: the trainer ends
+    its step first, and then them."""
+    os.setpgid(0, 0)
 
 
 def normalise(video: torch.Tensor) -> torch.Tensor:

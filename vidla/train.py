@@ -123,7 +123,7 @@ def train(config: Config, ranks: Ranks) -> int:
     torch.manual_seed(config.seed)
     with usage_errors():
         layout = {name: value for name, value in dc.asdict(config.model).items() if name not in ("name", "pretrained")}
-        bare = create_model(config.model.name, config.model.pretrained or None, **layout).to(device)
+        bare = create_model(config.model.name, starting_weights(config.model.pretrained), **layout).to(device)
         tokenizer = get_tokenizer(config.model.name)
     optimizer = create_optimizer(bare, config.optim)
     who = identity(config) | {"data.train's content": train_set.fingerprint, "data.test's content": test_set.fingerprint}
@@ -215,6 +215,13 @@ def open_data(config: Config, ranks: Ranks) -> tuple[ShardSet, ShardSet]:
         if not test_set.has_caption.any():
             raise UsageError(f"{folders[1]}: no held-out clip has a caption: retrieval needs them; give another --data.test")
     return train_set, test_set
+
+
+def starting_weights(pretrained: str) -> str | None:
+    """What create_model takes: a run's folder stands for its newest checkpoint, an empty text for random weights."""
+    from .checkpoint import latest
+
+    return str(latest(Path(pretrained) / "checkpoints") or pretrained) if pretrained else None
 
 
 def share_of_batch(batch_size: int, world_size: int) -> int:
@@ -364,9 +371,11 @@ def main(argv: list[str] | None = None) -> int:
     from . import distributed
     from .shards import ShardError
 
-    ranks = None
     try:
         ranks = distributed.setup()
+    except (ValueError, RuntimeError) as error:  # torchrun's variables, or more processes than GPUs
+        return complain(error, 2)
+    try:
         return train(config, ranks)
     except UsageError as error:
         return complain(error, 2, ranks)
@@ -379,6 +388,8 @@ def main(argv: list[str] | None = None) -> int:
         return complain(str(error).strip().splitlines()[-1], 1)
     except OSError as error:
         return complain(error, 1)
+    except KeyboardInterrupt:  # before the first step; later Stop sees to it
+        return complain("interrupted before there was anything to save", 128 + signal.SIGINT)
     finally:
         distributed.teardown()
 

@@ -1,6 +1,7 @@
 """The trainer: a step's gradients, and whole runs that are killed, stopped, resumed, spread over ranks."""
 
 import json
+import os
 import random
 import re
 import signal
@@ -155,6 +156,14 @@ def test_config_toml_repeats_the_run(shop: Workshop, whole: list[dict]):
     assert [r["loss"] for r in log] == pytest.approx([r["loss"] for r in whole], rel=1e-5)
 
 
+def test_another_run_can_be_the_start(shop: Workshop, whole: list[dict]):
+    """The output of a run stands for its newest checkpoint."""
+    shop.run("tuned", "--model.pretrained", str(shop.folder / "whole"), "--steps", "1", "--optim.lr", "1e-5")
+    (first,) = shop.log("tuned")
+    assert first["keys_hash"] == whole[0]["keys_hash"]
+    assert first["loss"] < whole[0]["loss"]  # it has seen these clips
+
+
 def test_killed_at_random_moments_it_is_the_same_run(shop: Workshop, whole: list[dict], seed: int):
     dice = random.Random(seed)
     for attempt in range(6):
@@ -176,23 +185,25 @@ def _whole_lines(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_run_goes_on(shop: Workshop, whole: list[dict], number: signal.Signals):
+    """To the whole process group, as a terminal or a scheduler sends it: loader processes must not die of it."""
     output = number.name
-    run = shop.start(output, "--run.save-every", "1000")
+    run = shop.start(output, "--run.save-every", "1000", "--data.workers", "1", "--steps", "400")
     shop.wait_for_line(output, 2, run)
-    run.process.is_alive() and signal.pidfd_send_signal(_pidfd(run), number)
+    os.killpg(run.process.pid, number)
     code, log = run.wait(), shop.log(output)
     assert code == 128 + number, run.said()
-    assert 2 <= len(log) < 8
+    assert 2 <= len(log) < 400
     assert [p.name for p in (shop.folder / output / "checkpoints").iterdir()] == [f"step-{len(log):08d}"]
     assert f"stopped by {number.name} after step {len(log)}" in run.said()
-    shop.run(output)
-    assert numbers(shop.log(output)) == numbers(whole)
 
 
-def _pidfd(run) -> int:
-    import os
-
-    return os.pidfd_open(run.process.pid)
+def test_a_stopped_run_is_the_same_run(shop: Workshop, whole: list[dict]):
+    run = shop.start("stopped", "--run.save-every", "1000")
+    shop.wait_for_line("stopped", 2, run)
+    run.process.terminate()
+    assert run.wait() == 143, run.said()
+    shop.run("stopped")
+    assert numbers(shop.log("stopped")) == numbers(whole)
 
 
 def test_not_finite_stops_with_the_keys_and_keeps_the_checkpoint(shop: Workshop):

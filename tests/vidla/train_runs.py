@@ -57,6 +57,7 @@ def free_port() -> int:
 
 
 def _child(argv: list[str], said: Path, environment: dict[str, str]) -> None:
+    os.setpgid(0, 0)  # a group of its own, which a test may signal
     os.environ.update(environment)
     file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
