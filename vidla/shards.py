@@ -242,7 +242,7 @@ class _Index:
 
 def _write_index(tar: Path, columns: dict[str, Any]) -> None:
     temporary = tar.with_suffix(f".index.{os.getpid()}")
-    temporary.write_text(json.dumps(columns, ensure_ascii=False, separators=(",", ":")))
+    temporary.write_text(json.dumps(columns, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
     os.replace(temporary, tar.with_suffix(".index"))
 
 
@@ -250,7 +250,7 @@ def _read_index(tar: Path) -> dict[str, Any]:
     """The index of a shard; one that is missing or does not fit the tar is rebuilt, with a warning that says so."""
     path = tar.with_suffix(".index")
     try:
-        index = json.loads(path.read_text())
+        index = json.loads(path.read_text(encoding="utf-8"))
         if (index["format"], index["version"]) != (INDEX_FORMAT, VERSION):
             why = f"has format {index['format']!r} version {index['version']}"
         elif index["tar_size"] != tar.stat().st_size:

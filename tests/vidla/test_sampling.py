@@ -65,6 +65,7 @@ def test_training_reaches_every_frame_evenly():
     rng = sampling.generator(7, sampling.VIEW)
     chosen = np.stack([sampling.choose_frames(12, 4, "train", rng) for _ in range(3000)])
     assert (chosen // 3 == np.arange(4)).all()
+    assert len(np.unique(chosen, axis=0)) == 3**4  # each segment draws for itself
     shares = np.bincount(chosen.ravel(), minlength=12) / 3000
     np.testing.assert_allclose(shares, 1 / 3, atol=0.05)  # five standard deviations
 

@@ -3,7 +3,10 @@
 import io
 import json
 import multiprocessing
+import os
+import re
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -287,3 +290,28 @@ def test_other_processes_read_the_same(folder, method):
     with multiprocessing.get_context(method).Pool(2) as pool:
         assert pool.map(read_all, [read, read]) == [wanted, wanted]
     assert read_all(read) == wanted
+
+
+def test_the_page_of_the_format_is_right(folder):
+    """The table of fields names the fields there are, and the reader printed in docs/shards.md works as it stands."""
+    page = (Path(__file__).parents[2] / "docs" / "shards.md").read_text()
+    table = page.split("## KEY.json")[1].split("Both texts")[0]
+    rows = re.findall(r"^\| (`.+?) \|", table, re.MULTILINE)
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == {
+        "format",
+        "version",
+        *ClipMeta.__dataclass_fields__,
+    }
+    example = json.loads(re.search(r"```json\n(.*?)```", page, re.DOTALL)[1])
+    assert shards.parse_meta(example, "docs").scale == "short"
+
+    reader = re.search(r"standard library alone:\n\n```python\n(.*?)```", page, re.DOTALL)[1]
+    assert "i, k = 5, 0" in reader
+    for number, k in ((0, 0), (2, 1)):
+        code = reader.replace("data/train", str(folder)).replace("i, k = 5, 0", f"i, k = {number}, {k}")
+        names: dict = {}
+        exec(code, names)
+        meta, jpegs = clip(number, frames=number + 1)
+        assert names["meta"]["caption"] == meta.caption
+        assert names["jpeg"] == jpegs[k]
+        os.close(names["file"])
