@@ -61,15 +61,16 @@ _ROWS: dict[tuple[str, tuple[int, ...], str, tuple[int, ...]], tuple[Tile, ...]]
     ("tube_backward_queries", (80, 90), "fp32", (128,)): (Tile(16, 16, 8),),  # over 4 warps 200 bytes spill
     ("tube_backward_keys", (80, 90), "fp32", HEAD_DIMS): (Tile(16, 16, 8),),  # over 4 warps 8 bytes spill at D=80 and 128
     # hier: hierarchical attention
-    ("hier_forward", (80, 90), "half", (32, 64)): (Tile(64, 32, 4, 3),),
+    ("hier_forward", (80,), "half", (32, 64)): (Tile(64, 32, 4, 2),),
+    ("hier_forward", (90,), "half", (32, 64)): (Tile(64, 32, 4, 3),),
     ("hier_forward", (80,), "half", (80, 96, 128)): (Tile(32, 32, 4, 2),),
     ("hier_forward", (90,), "half", (80, 96, 128)): (Tile(64, 32, 4, 3),),
     ("hier_forward", (80, 90), "fp32", (32, 64)): (Tile(32, 32, 4),),
-    ("hier_forward", (80, 90), "fp32", (80, 96, 128)): (Tile(16, 16, 8),),
+    ("hier_forward", (80, 90), "fp32", (80, 96, 128)): (Tile(16, 32, 8),),
     ("hier_combine", (80, 90), "half", HEAD_DIMS): (Tile(16, 16, 4, 3),),
     ("hier_combine", (80, 90), "fp32", HEAD_DIMS): (Tile(16, 16, 8),),
     ("hier_dq", (80, 90), "half", (32, 64)): (Tile(64, 32, 4, 2),),
-    ("hier_dq", (80,), "half", (80, 96, 128)): (Tile(16, 32, 4),),
+    ("hier_dq", (80,), "half", (80, 96, 128)): (Tile(32, 32, 4),),
     ("hier_dq", (90,), "half", (80, 96, 128)): (Tile(64, 32, 8, 2),),
     ("hier_dq", (80, 90), "fp32", (32, 64)): (Tile(32, 32, 8),),
     ("hier_dq", (80, 90), "fp32", (80, 96, 128)): (Tile(16, 16, 8),),

@@ -44,7 +44,7 @@ def supports(layout: TokenLayout, dtype: torch.dtype, D: int) -> str | None:
     return tiles.unsupported(dtype, D)
 
 
-# Rows, keys and tiles of a frame.
+# Where a program works; rows, keys and tiles of a frame.
 
 
 @triton.jit
@@ -57,6 +57,27 @@ def _query_rows(r, f, p_rows, N: tl.constexpr, G: tl.constexpr):
     m_g = (g >= 0) & (g < G)
     stride = tl.load(p_rows + 3 * g + 2, mask=m_g, other=1)
     return tl.where(r < N, G + f * N + r, g), (r < N) | (m_g & (f % stride == 0))
+
+
+@triton.jit
+def _head(i_bh, H):
+    """Indices of (batch, head), batch and head, in int64 for what is multiplied with them. Divided before that: in 64 bits
+    a division is a function call, whose calling convention costs the whole kernel registers."""
+    return i_bh.to(tl.int64), (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
+
+
+@triton.jit
+def _frame(i_bf, T, H):
+    """Frame, and indices of (batch, head, frame), (batch, head), batch and head."""
+    i_bh, i_b, i_h = _head(i_bf // T, H)
+    return i_bf % T, i_bf.to(tl.int64), i_bh, i_b, i_h
+
+
+@triton.jit
+def _opaque(n: tl.constexpr, T):
+    """n, which the compiler cannot know (T >= 1): it would inline a loop of one trip, after which the operands of whole and
+    tail tiles live side by side and spill."""
+    return tl.minimum(n, T * n)
 
 
 @triton.jit
@@ -164,11 +185,9 @@ def _forward_kernel(
     TILES: tl.constexpr = (N + G + ROWS - 1) // ROWS
     WHOLE: tl.constexpr = N // KEYS
     i_tile = tl.program_id(0) % TILES
-    i_bf = (tl.program_id(0) // TILES).to(tl.int64)  # (batch, head, frame)
-    i_bh = i_bf // T
-    f = (i_bf % T).to(tl.int32)
+    f, i_bf, i_bh, i_b, i_h = _frame(tl.program_id(0) // TILES, T, H)
     S = G + T * N
-    p_q = p_qkv + i_bh // H * s_b + i_bh % H * s_h
+    p_q = p_qkv + i_b * s_b + i_h * s_h
     p_k = p_q + s_c
     scale2 = scale * common.LOG2E
 
@@ -180,12 +199,12 @@ def _forward_kernel(
     acc = tl.zeros([ROWS, BD], tl.float32)
 
     o_k = tl.arange(0, KEYS) * s_t
-    for i in tl.range(0, WHOLE, num_stages=STAGES):
+    for i in tl.range(0, _opaque(WHOLE, T), num_stages=STAGES):
         p_ki = p_k + (G + f * N + i * KEYS).to(tl.int64) * s_t
         b_k = _load(p_ki, o_k, None, D, BD)
         b_v = _load(p_ki + s_c, o_k, None, D, BD)
         acc, m, l = _softmax_step(b_q, b_k, b_v, None, acc, m, l, scale2)
-    for o in tl.range(WHOLE * KEYS, N + G - FIRST, TAIL, num_stages=1):
+    for o in tl.range(WHOLE * KEYS, _opaque(N + G - FIRST, T), TAIL, num_stages=1):
         c = o + tl.arange(0, TAIL)
         m_c = c < N + G - FIRST
         o_c = _key_tokens(c, f, N, G, FIRST).to(tl.int64) * s_t
@@ -194,7 +213,7 @@ def _forward_kernel(
         visible = m_c[None] & ((r < N)[:, None] | (c < N)[None])
         acc, m, l = _softmax_step(b_q, b_k, b_v, visible, acc, m, l, scale2)
 
-    p_o = p_out + (i_bh // H * S * H + i_bh % H) * D
+    p_o = p_out + (i_b * S * H + i_h) * D
     _store(p_o, token.to(tl.int64) * (H * D), acc * (1.0 / l)[:, None], r < N, D, BD)
     tl.store(p_lse + i_bh * S + token, m + tl.log2(l), mask=r < N)
     if (i_tile + 1) * ROWS > N:  # the tile has summary rows
@@ -229,9 +248,9 @@ def _combine_kernel(
     STAGES: tl.constexpr,
 ):
     TILES: tl.constexpr = (G + ROWS - 1) // ROWS
-    i_bh = (tl.program_id(0) // TILES).to(tl.int64)
+    i_bh, i_b, i_h = _head(tl.program_id(0) // TILES, H)
     S = G + T * N
-    p_q = p_qkv + i_bh // H * s_b + i_bh % H * s_h
+    p_q = p_qkv + i_b * s_b + i_h * s_h
     p_k = p_q + s_c
     scale2 = scale * common.LOG2E
 
@@ -264,7 +283,7 @@ def _combine_kernel(
         l = l * shrink + l_f * shrink_f
         m = m_new
 
-    p_o = p_out + (i_bh // H * S * H + i_bh % H) * D
+    p_o = p_out + (i_b * S * H + i_h) * D
     _store(p_o, g * (H * D), acc * (1.0 / l)[:, None], m_g, D, BD)
     tl.store(p_lse + i_bh * S + g, m + tl.log2(l), mask=m_g)
 
@@ -302,17 +321,15 @@ def _dq_kernel(
     TILES: tl.constexpr = (N + G + ROWS - 1) // ROWS
     WHOLE: tl.constexpr = N // KEYS
     i_tile = tl.program_id(0) % TILES
-    i_bf = (tl.program_id(0) // TILES).to(tl.int64)
-    i_bh = i_bf // T
-    f = (i_bf % T).to(tl.int32)
+    f, i_bf, i_bh, i_b, i_h = _frame(tl.program_id(0) // TILES, T, H)
     S = G + T * N
-    p_q = p_qkv + i_bh // H * s_b + i_bh % H * s_h
+    p_q = p_qkv + i_b * s_b + i_h * s_h
     p_k = p_q + s_c
     scale2 = scale * common.LOG2E
 
     r = i_tile * ROWS + tl.arange(0, ROWS)
     token, sees = _query_rows(r, f, p_rows, N, G)
-    o_out = (i_bh // H * S * H + i_bh % H) * D + token.to(tl.int64) * (H * D)
+    o_out = (i_b * S * H + i_h) * D + token.to(tl.int64) * (H * D)
     b_q = _load(p_q, token.to(tl.int64) * s_t, sees, D, BD)
     b_do = _load(p_do, o_out, sees, D, BD)
     delta = tl.sum(b_do.to(tl.float32) * _load(p_out, o_out, sees, D, BD).to(tl.float32), 1)
@@ -323,12 +340,12 @@ def _dq_kernel(
     dq = tl.zeros([ROWS, BD], tl.float32)
 
     o_k = tl.arange(0, KEYS) * s_t
-    for i in tl.range(0, WHOLE, num_stages=STAGES):
+    for i in tl.range(0, _opaque(WHOLE, T), num_stages=STAGES):
         p_ki = p_k + (G + f * N + i * KEYS).to(tl.int64) * s_t
         b_k = _load(p_ki, o_k, None, D, BD)
         b_v = _load(p_ki + s_c, o_k, None, D, BD)
         dq = _dq_step(b_q, b_do, lse, delta, b_k, b_v, None, dq, scale2)
-    for o in tl.range(WHOLE * KEYS, N + G - FIRST, TAIL, num_stages=1):
+    for o in tl.range(WHOLE * KEYS, _opaque(N + G - FIRST, T), TAIL, num_stages=1):
         c = o + tl.arange(0, TAIL)
         m_c = c < N + G - FIRST
         o_c = _key_tokens(c, f, N, G, FIRST).to(tl.int64) * s_t
@@ -338,7 +355,7 @@ def _dq_kernel(
         dq = _dq_step(b_q, b_do, lse, delta, b_k, b_v, visible, dq, scale2)
 
     dq = dq * scale
-    p_dq = p_dqkv + (i_bh // H * S * 3 * H + i_bh % H) * D
+    p_dq = p_dqkv + (i_b * S * 3 * H + i_h) * D
     _store(p_dq, token.to(tl.int64) * (3 * H * D), dq, r < N, D, BD)
     if (i_tile + 1) * ROWS > N:
         _store(p_part, (i_bf * 3 * G + token) * D, dq, sees & (r >= N), D, BD)
@@ -373,12 +390,10 @@ def _dkv_kernel(
     TILES: tl.constexpr = (N + G - FIRST + KEYS - 1) // KEYS
     WHOLE: tl.constexpr = N // ROWS
     i_tile = tl.program_id(0) % TILES
-    i_bf = (tl.program_id(0) // TILES).to(tl.int64)
-    i_bh = i_bf // T
-    f = (i_bf % T).to(tl.int32)
+    f, i_bf, i_bh, i_b, i_h = _frame(tl.program_id(0) // TILES, T, H)
     S = G + T * N
-    p_q = p_qkv + i_bh // H * s_b + i_bh % H * s_h
-    p_do += (i_bh // H * S * H + i_bh % H) * D
+    p_q = p_qkv + i_b * s_b + i_h * s_h
+    p_do += (i_b * S * H + i_h) * D
     p_lse += i_bh * S
     p_delta += i_bh * S
     scale2 = scale * common.LOG2E
@@ -392,14 +407,14 @@ def _dkv_kernel(
     dv = tl.zeros([KEYS, BD], tl.float32)
 
     i_r = tl.arange(0, ROWS)
-    for i in tl.range(0, WHOLE, num_stages=STAGES):
+    for i in tl.range(0, _opaque(WHOLE, T), num_stages=STAGES):
         token = (G + f * N + i * ROWS).to(tl.int64)
         b_q = _load(p_q + token * s_t, i_r * s_t, None, D, BD)
         b_do = _load(p_do + token * (H * D), i_r * (H * D), None, D, BD)
         lse = tl.load(p_lse + token + i_r)
         delta = tl.load(p_delta + token + i_r)
         dk, dv = _dkv_step(b_k, b_v, b_q, b_do, lse, delta, None, dk, dv, scale2)
-    for o in tl.range(WHOLE * ROWS, N + G, TAIL, num_stages=1):
+    for o in tl.range(WHOLE * ROWS, _opaque(N + G, T), TAIL, num_stages=1):
         r = o + tl.arange(0, TAIL)
         token, sees = _query_rows(r, f, p_rows, N, G)
         b_q = _load(p_q, token.to(tl.int64) * s_t, sees, D, BD)
@@ -410,7 +425,7 @@ def _dkv_kernel(
         dk, dv = _dkv_step(b_k, b_v, b_q, b_do, lse, delta, visible, dk, dv, scale2)
 
     dk = dk * scale
-    p_dk = p_dqkv + (i_bh // H * S * 3 * H + H + i_bh % H) * D
+    p_dk = p_dqkv + (i_b * S * 3 * H + H + i_h) * D
     _store(p_dk, token_c * (3 * H * D), dk, c < N, D, BD)
     _store(p_dk + H * D, token_c * (3 * H * D), dv, c < N, D, BD)
     if (i_tile + 1) * KEYS > N:
@@ -444,10 +459,10 @@ def _finish_kernel(
     STAGES: tl.constexpr,
 ):
     TILES: tl.constexpr = (G + ROWS - 1) // ROWS
-    i_bh = (tl.program_id(0) // TILES).to(tl.int64)
+    i_bh, i_b, i_h = _head(tl.program_id(0) // TILES, H)
     S = G + T * N
-    p_q = p_qkv + i_bh // H * s_b + i_bh % H * s_h
-    p_do += (i_bh // H * S * H + i_bh % H) * D
+    p_q = p_qkv + i_b * s_b + i_h * s_h
+    p_do += (i_b * S * H + i_h) * D
     p_lse += i_bh * S
     p_delta += i_bh * S
     scale2 = scale * common.LOG2E
@@ -493,7 +508,7 @@ def _finish_kernel(
         dk += _load(p_part, (row + G) * D, m_x & (x >= FIRST), D, BD)
         dv += _load(p_part, (row + 2 * G) * D, m_x & (x >= FIRST), D, BD)
 
-    p_dq = p_dqkv + (i_bh // H * S * 3 * H + i_bh % H) * D
+    p_dq = p_dqkv + (i_b * S * 3 * H + i_h) * D
     _store(p_dq, o_x * (3 * H * D), dq, m_x, D, BD)
     _store(p_dq + H * D, o_x * (3 * H * D), dk, m_x, D, BD)
     _store(p_dq + 2 * H * D, o_x * (3 * H * D), dv, m_x, D, BD)
