@@ -67,6 +67,24 @@ def test_micro_batches_give_the_large_batchs_gradients(micro_batch: int, dtype: 
         assert gradient.norm() > 0, name
 
 
+def test_bf16_encodes_in_bf16_and_keeps_the_rest_in_fp32(tmp_path: Path, seed: int):
+    """Also that autocast's cache of weights from the pass without a graph does not reach the pass with one."""
+    model, batch = tiny_model(tmp_path), random_batch(8)
+    exact, bf16 = gradients(model, batch, 8)[1], torch.autocast("cpu", torch.bfloat16)
+    seen = []
+    model.visual.transformer.resblocks[0].mlp.c_fc.register_forward_hook(lambda *args: seen.append(args[2].dtype))
+    model.zero_grad(set_to_none=True)
+    loss = train.backward(model, batch, 3, bf16)
+    assert set(seen) == {torch.bfloat16}
+    assert loss.dtype == torch.float32
+    assert all(feature.dtype == torch.float32 for feature in train.encode(model, batch, bf16))
+    size = torch.cat([g.flatten() for g in exact.values()]).norm()
+    for name, p in model.named_parameters():
+        assert p.dtype == p.grad.dtype == torch.float32
+        assert (p.grad - exact[name]).norm() < 0.05 * size, name
+        assert p.grad.norm() > 0, name
+
+
 def test_only_texts_that_exist_are_encoded(tmp_path: Path, seed: int):
     model, batch = tiny_model(tmp_path), random_batch(8)
     rows = []
@@ -219,7 +237,7 @@ def test_not_finite_stops_with_the_keys_and_keeps_the_checkpoint(shop: Workshop)
 
 
 def test_resume_refuses_another_run_and_names_the_option(shop: Workshop, whole: list[dict]):
-    for option, value, was in (("--seed", "1", "seed was 0, is 1"), ("--optim.lr", "2e-3", "optim.lr was 0.001, is 0.002")):
+    for option, value, was in (("--seed", "1", "seed was 0, is 1"), ("--optim.lr", "2e-3", "optim.lr was 0.0003, is 0.002")):
         said = shop.run("whole", option, value, code=2)
         assert was in said
     said = shop.run("whole", "--data.train", str(shop.folder / "test"), code=2)
@@ -262,8 +280,8 @@ def test_two_ranks_are_the_same_run(shop: Workshop, whole: list[dict]):
     shop.run_on_ranks(2, "ranks", "--run.micro-batch", "3")
     log = shop.log("ranks")
     assert [r["keys_hash"] for r in log] == [r["keys_hash"] for r in whole]
-    for name in ("loss", "grad_norm", "logit_scale"):
-        assert [r[name] for r in log] == pytest.approx([r[name] for r in whole], rel=1e-5), name
+    for name, tolerance in (("loss", 1e-5), ("logit_scale", 1e-5), ("grad_norm", 1e-4)):
+        assert [r[name] for r in log] == pytest.approx([r[name] for r in whole], rel=tolerance), name
     checkpoint = shop.folder / "ranks" / "checkpoints" / "step-00000006"
     shop.run("one rank", "--resume", str(checkpoint))
     assert [r["loss"] for r in shop.log("one rank")] == pytest.approx([r["loss"] for r in whole[6:]], rel=1e-5)

@@ -34,7 +34,7 @@ batch_size = 8
 flip = false
 workers = 0
 [optim]
-lr = 1e-3
+lr = 3e-4
 lr_end = 1e-5
 warmup = 0.2
 [run]
