@@ -66,8 +66,9 @@ _ROWS: dict[tuple[str, tuple[int, ...], str, tuple[int, ...]], tuple[Tile, ...]]
     ("hier_forward", (90,), "half", (32, 64)): (Tile(64, 32, 4, 3),),  # 96 to 122 registers
     ("hier_forward", (80,), "half", (80, 96, 128)): (Tile(32, 32, 4, 2),),
     ("hier_forward", (90,), "half", (80, 96, 128)): (Tile(64, 32, 4, 3),),
-    ("hier_dq", (80, 90), "half", (32, 64)): (Tile(64, 32, 4, 2),),
-    ("hier_dq", (80,), "half", (80, 96, 128)): (Tile(32, 32, 4),),
+    ("hier_dq", (80,), "half", (64,)): (Tile(64, 32, 4, 2),),
+    ("hier_dq", (90,), "half", (32, 64)): (Tile(64, 32, 4, 2),),
+    ("hier_dq", (80,), "half", (32, 80, 96, 128)): (Tile(32, 32, 4),),  # 64 rows, 2 stages at D=32 spill 8 bytes at N=49
     ("hier_dq", (90,), "half", (80, 96, 128)): (Tile(64, 32, 8, 2),),  # over 4 warps 228 registers: 2 programs
     # dK and dV stay in registers: fewer rows at a time, and more warps where D is large.
     ("hier_dkv", (80,), "half", (32, 64)): (Tile(16, 64, 4, 2),),
