@@ -10,6 +10,9 @@ Kernels therefore multiply only through `dot` and round only through `to`, which
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
+import torch
 import triton
 import triton.language as tl
 
@@ -40,5 +43,9 @@ def to(x, dtype: tl.constexpr):
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
-    """Run a kernel. Every launch of the library goes through here, so that a test can compile all of them ahead of time."""
-    kernel[grid](*args, **options)
+    """Run a kernel whose first argument is a tensor, on that tensor's GPU (Triton itself takes the current one).
+
+    Every launch of the library goes through here, so that a test can compile all of them ahead of time.
+    """
+    with torch.cuda.device(args[0].device) if args[0].is_cuda else nullcontext():
+        kernel[grid](*args, **options)
