@@ -27,14 +27,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-MADE_BY_A_RUN = ("runs", "checkpoints", "data", "shards", "build")  # first folders of paths that no clone has
-OPTIONAL = ("pre-commit", "tensorboard", "nvidia-smi", "nvcc", "cmake")  # commands that not every machine has
+MADE_BY_A_RUN = (
+    "runs",
+    "checkpoints",
+    "data",
+    "shards",
+    "tensorboard",
+    "previous-1",
+)  # first folders of paths that no clone has
+OPTIONAL = ("cd", "export", "pre-commit", "nvidia-smi", "nvcc", "cmake")  # of the shell, or not on every machine
 FENCE = re.compile(r"^(?:<!-- ([a-z-]+) -->\n+)?```(\w*)\n(.*?)^```$", re.M | re.S)
 INLINE = re.compile(r"`([^`\n]+)`")
 
 
 class Block(NamedTuple):
-    """A fenced block: the marker comment before it, its language, its text, its first line."""
+    """A fenced block: the marker comment before it, its language, its text, the number of its first line."""
 
     marker: str
     language: str
@@ -104,7 +111,7 @@ def check_map(readme: str, root: Path = ROOT) -> Iterator[str]:
     ignored = [p.strip("/") for p in (root / ".gitignore").read_text(encoding="utf-8").split()]
     opened: dict[str, set[str]] = {}
     folder = ""
-    for line, entry in enumerate(block.text.splitlines(), block.line + 1):
+    for line, entry in enumerate(block.text.splitlines(), block.line):
         inside = entry.startswith(" ")
         for name in re.split(r"\s{2,}", entry.strip())[0].split(", "):
             if not inside:
@@ -126,7 +133,7 @@ def check_python(path: Path, text: str) -> Iterator[str]:
             try:
                 ast.parse(block.text)
             except SyntaxError as error:
-                yield f"{block.line + (error.lineno or 1)}: Python: {error.msg}"
+                yield f"{block.line - 1 + (error.lineno or 1)}: Python: {error.msg}"
 
 
 def run_python(path: Path, text: str) -> Iterator[str]:
@@ -144,7 +151,7 @@ def commands(text: str) -> Iterator[tuple[int, str]]:
     for block in blocks(text):
         if block.language in ("sh", "bash", "console"):
             joined = re.sub(r"\\\n\s*", lambda m: " " * len(m[0]), block.text)
-            for line, command in enumerate(joined.splitlines(), block.line + 1):
+            for line, command in enumerate(joined.splitlines(), block.line):
                 prompted = block.language != "console" or command.startswith("$ ")
                 if prompted and command.strip() and not command.startswith("#"):
                     yield line, command.removeprefix("$ ")
@@ -190,7 +197,7 @@ def check_command(words: list[str]) -> Iterator[str]:
         for file, _, test in (w.partition("::") for w in words if re.match(r"(tests|benchmarks)\b", w)):
             if not (ROOT / file).exists() or (test and f"def {test}(" not in (ROOT / file).read_text(encoding="utf-8")):
                 yield f"pytest {file}{'::' if test else ''}{test}: no such test"
-    elif not shutil.which(program) and program not in OPTIONAL:
+    elif not any(map(shutil.which, (program, Path(sys.executable).with_name(program)))) and program not in OPTIONAL:
         yield f"{program}: command not found"
 
 
