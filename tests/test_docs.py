@@ -40,6 +40,14 @@ def test_the_readmes_test_command_is_printed_for_ci():
     assert printed.stdout == "pip install -e '.[test]' && pytest\n"
 
 
+@pytest.mark.parametrize("document", ["README.md", "docs/training.md"])
+def test_the_last_line_of_a_run_is_as_documented(document):
+    source = (ROOT / "vidla" / "train.py").read_text(encoding="utf-8")
+    printed = source[source.index('"final: ') :].split("flush=True")[0]
+    (line,) = re.findall(r"^final: .*$", (ROOT / document).read_text(encoding="utf-8"), re.M)
+    assert re.findall(r"([\w@]+)=<", line) == re.findall(r"([\w@]+)=\{", printed)
+
+
 @pytest.mark.parametrize(
     ("check", "text", "complaint"),
     [
