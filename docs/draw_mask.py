@@ -117,9 +117,8 @@ def draw_b32(path: Path) -> None:
 
     rows.imshow(cells[:G], cmap=COLOURS, vmin=0, vmax=len(KINDS), interpolation="nearest", aspect="auto")
     V = layout.tokens_per_level
-    rows.set_yticks(
-        [0, *(1 + u * V + (V - 1) / 2 for u in range(layout.levels))], ["CLS", *(f"MST level {u}" for u in range(layout.levels))]
-    )
+    levels = range(layout.levels)
+    rows.set_yticks([0, *(1 + u * V + (V - 1) / 2 for u in levels)], ["CLS", *(f"MST level {u}" for u in levels)])
     for edge in (1, *(1 + u * V for u in range(1, layout.levels))):
         rows.axhline(edge - 0.5, color=INK, linewidth=0.8)
     rows.set_xticks(middles, [str(t) for t in range(layout.frames)], fontsize=10)

@@ -4,8 +4,8 @@ A clip is a sequence of one to three events; an event is one digit (scikit-learn
 The digit of an event is gone when the next begins, so the order is visible, and the texts tell the events in order:
     caption   "a seven moves left, then a two rises"
     subtitle  "look, the 7 goes off to the left and after that the 2 climbs up"
-Half of the test captions differ from another one in nothing but the order, and left from right is told by motion alone:
-a model that looks at single frames, or at a set of frames, cannot solve the task.
+Every test caption has a twin that differs in nothing but the order, and left from right is told by motion alone: a model
+that looks at single frames, or at a set of frames, cannot solve the task.
 
 As with the paper's data, clips of three lengths overlap in one source: a source is five events, its short clips are
 single events, its medium clips two neighbouring ones, its long clip three. Train and test use different images of the
@@ -46,7 +46,8 @@ Split = Literal["train", "test"]
 
 VERSION = 1  # counts changes of what is drawn or said, so that an old cache is not taken for the new data
 SIZE = 64  # pixels of a frame's side
-DIGIT = 28  # pixels of a digit's side
+DIGIT = 32  # pixels of a digit's side
+GRID = 16  # pixels: digits stand on the default tower's grid of patches, or 4 minutes are too few to learn to read them
 FPS = 4.0
 EVENT_FRAMES = (8, 11)  # an event lasts 8 to 11 frames, 2 to 2.75 s
 TEST_EVERY = 4  # every fourth image of a class is the test split's
@@ -126,8 +127,8 @@ def _path(motion: str, count: int, rng: np.random.Generator) -> tuple[np.ndarray
     """Left edge, upper edge (pixels, may lie outside the frame) and opacity of a digit in each of `count` frames."""
     t = np.linspace(0, 1, count)
     room = SIZE - DIGIT
-    along = -8 + t * (room + 16)  # from half a stroke outside one side to the same outside the other: 52 pixels
-    across = np.full(count, rng.uniform(0.1, 0.9) * room)
+    along = -GRID + t * (room + 2 * GRID)  # from half outside one side to half outside the other: 64 pixels
+    across = np.full(count, rng.integers(room // GRID + 1) * GRID)
     full = np.ones(count)
     if motion == "right":
         return along, across, full
@@ -138,8 +139,8 @@ def _path(motion: str, count: int, rng: np.random.Generator) -> tuple[np.ndarray
     if motion == "up":
         return across, room - along, full
     if motion == "back":  # in from the left, and back there
-        return -16 + (1 - np.abs(2 * t - 1)) * (room + 16), across, full
-    return across, np.full(count, rng.uniform(0.1, 0.9) * room), np.clip(0.1 + 1.2 * t, 0, 1)  # appear
+        return -GRID + (1 - np.abs(2 * t - 1)) * (room + GRID), across, full
+    return across, np.full(count, rng.integers(room // GRID + 1) * GRID), np.clip(0.1 + 1.2 * t, 0, 1)  # appear
 
 
 @lru_cache(maxsize=1)
@@ -158,7 +159,7 @@ def _draw_event(event: Event, background: np.ndarray, contrast: float, split: Sp
     jpegs = []
     canvas = np.zeros((SIZE + 2 * DIGIT, SIZE + 2 * DIGIT), np.float32)  # a margin, so a digit may leave the frame
     for k in range(count):
-        left, top = round(xs[k]) + DIGIT, round(ys[k]) + DIGIT
+        left, top = (round(place / GRID) * GRID + DIGIT for place in (xs[k], ys[k]))
         canvas[:] = 0
         canvas[top : top + DIGIT, left : left + DIGIT] = digit * (contrast * opacity[k])
         frame = background + noise[k] + canvas[DIGIT:-DIGIT, DIGIT:-DIGIT]
@@ -271,7 +272,9 @@ def _describe(
 def default_folder(cache_dir: str | Path | None, clips: int, test_clips: int, seed: int) -> Path:
     """Where `make_default` keeps the data: cache_dir, else $VIDLA_CACHE, else ~/.cache/vidla; a name for each content."""
     cache = Path(cache_dir or os.environ.get("VIDLA_CACHE") or Path.home() / ".cache" / "vidla").expanduser()
-    said = repr((VERSION, clips, test_clips, seed, SIZE, DIGIT, FPS, EVENT_FRAMES, TEST_EVERY, MISSING, MOTIONS, OPENINGS))
+    said = repr(
+        (VERSION, clips, test_clips, seed, SIZE, DIGIT, GRID, FPS, EVENT_FRAMES, TEST_EVERY, MISSING, MOTIONS, OPENINGS)
+    )
     return cache / f"moving-digits-v{VERSION}-{hashlib.sha256(said.encode()).hexdigest()[:10]}"
 
 

@@ -1,5 +1,6 @@
 """Parameter groups and the learning rate."""
 
+import itertools
 import math
 
 import pytest
@@ -18,7 +19,7 @@ def test_rate_climbs_then_follows_a_cosine_to_the_floor():
     assert rates[:10] == pytest.approx([2e-5 * (k + 1) / 10 for k in range(10)])
     assert rates[10] == 2e-5
     assert rates[-1] == pytest.approx(4e-8, rel=1e-9)
-    assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
     assert rates[10 + 330] == pytest.approx(4e-8 + (2e-5 - 4e-8) * (1 + math.cos(math.pi * 330 / 989)) / 2)
 
 
