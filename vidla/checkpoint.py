@@ -1,7 +1,7 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped.
 
 Invariants:
-- `checkpoints/step-00000700/` is complete or absent. It is written under a temporary name, every file and the folder
+- `checkpoints/step-00000500/` is complete or absent. It is written under a temporary name, every file and the folder
   are fsynced, and one rename makes it visible. Deleting goes the other way: rename first, then remove. So a kill
   at any instant leaves every complete checkpoint loadable, and leftovers never look like one.
 - There is no pointer to the newest one that could be stale: `latest` scans, and skips what was damaged later.
