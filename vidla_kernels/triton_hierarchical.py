@@ -39,11 +39,6 @@ from . import triton_common as common
 from .layout import TokenLayout
 
 
-def supports(layout: TokenLayout, dtype: torch.dtype, D: int) -> str | None:
-    """None if these kernels serve the case, else the sentence why not. Every layout is served."""
-    return tiles.unsupported(dtype, D)
-
-
 # Where a program works; rows, keys and tiles of a frame.
 
 

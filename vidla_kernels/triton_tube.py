@@ -361,11 +361,6 @@ def backward_long_keys(
 # ------------------------------------------------------------------------------------------------------------------ host
 
 
-def supports(layout: TokenLayout, dtype: torch.dtype, D: int) -> str | None:
-    """None if these kernels compute this case, else the sentence why not. Every T and N is computed."""
-    return tiles.unsupported(dtype, D)
-
-
 def _packing(kernel: str, qkv: torch.Tensor, T: int) -> tiles.Tile | None:
     """The smallest tile of a packed kernel that holds a whole tube; None where the tube is too long for all of them."""
     fitting = [tile for tile in tiles.lookup(kernel, qkv.device, qkv.dtype, qkv.shape[-1]) if tile.rows >= T]
@@ -376,7 +371,7 @@ def forward(qkv: torch.Tensor, layout: TokenLayout, scale: float) -> torch.Tenso
     """Tube attention, paper equation 1 without norm, projections and residual.
 
     Args:
-        qkv: (B, T*N, 3, H, D), any strides with the last dimension contiguous; a case that `supports` accepts.
+        qkv: (B, T*N, 3, H, D), any strides with the last dimension contiguous; dtype and D as `tiles.unsupported` admits.
         layout: gives T and N; no other field is read.
         scale: factor on q.k.
 

@@ -109,10 +109,9 @@ def _layout(T: int, N: int, U: int = 3, V: int = 4, r: int = 2, cls: bool = Fals
 
 # Every head dimension in every dtype, on a layout whose tiles are all ragged.
 CASES = [Case(_layout(3, 21), head_dim=D, dtype=dtype) for D in HEAD_DIMS for dtype in DTYPES]
-# Frames: one, fewer and more than a tile's worth of tubes, beyond one tile, the limit.
+# Frames: one, few, many.
 CASES += [Case(_layout(T, 5), heads=1, dtype=torch.float16) for T in (1, 2, 12, 16, 32)]
-CASES += [Case(_layout(T, 2), heads=1, head_dim=32) for T in (17, 33, 64, 65, 100, 128)]
-CASES += [Case(_layout(65, 3), heads=1, head_dim=D, dtype=dtype) for D, dtype in ((64, torch.bfloat16), (128, torch.float16))]
+CASES += [Case(_layout(T, 2), heads=1, head_dim=32) for T in (17, 128)]
 # Patches: one, B/32's 49, B/16's 196, L/14's 256 and one more.
 CASES += [Case(_layout(2, N), heads=1, dtype=torch.bfloat16) for N in (1, 49, 196, 256, 257)]
 CASES += [Case(_layout(1, 64), heads=1), Case(_layout(2, 65), heads=1, head_dim=128, dtype=torch.bfloat16)]
@@ -131,6 +130,13 @@ CASES += [Case(_layout(4, 19), dtype=dtype, magnitude=5.0) for dtype in DTYPES]
 CASES += [
     Case(_layout(3, 18, U=2), batch=2, head_dim=D, dtype=dtype, sliced=True)
     for D, dtype in zip((80, 64, 32), DTYPES, strict=True)
+]
+
+# Tube attention cuts its work by T: tubes that fill a tile, exceed one, exceed every tile, for each kind of dtype.
+TUBE_CASES = [Case(_layout(T, 2), heads=1, head_dim=32) for T in (33, 64, 65, 100)]
+TUBE_CASES += [
+    Case(_layout(T, 3), heads=1, head_dim=D, dtype=dtype)
+    for T, D, dtype in ((33, 64, torch.float16), (65, 64, torch.bfloat16), (65, 128, torch.float16), (129, 80, torch.bfloat16))
 ]
 
 # For a GPU: the pretraining and finetuning shapes, whole.

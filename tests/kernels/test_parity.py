@@ -10,10 +10,10 @@ import torch
 
 from vidla_kernels import TokenLayout, backends
 
-from .cases import CASES, DTYPES, OPS, PRETRAINING, Case, dense_runs, random_case, run
+from .cases import CASES, DTYPES, OPS, PRETRAINING, TUBE_CASES, Case, dense_runs, random_case, run
 from .check import check
 
-KERNELS = ("triton", "cuda")
+FIXED = [(op, case) for op in OPS for case in (*CASES, *(TUBE_CASES if op == "tube" else ()))]
 
 
 def skip_if_refused(backend: str, case: Case, device: torch.device) -> None:
@@ -30,22 +30,21 @@ def compare(op: str, backend: str, case: Case, device: torch.device) -> None:
     assert ours.out.dtype == case.dtype
     assert ours.out.is_contiguous()
     check(ours, dense, gold, 0 if op == "tube" else case.layout.num_summary, case.dtype)
-    again = run(op, qkv, grad, case.layout, backend)
-    if backend in KERNELS:  # no atomics: two runs are bit-equal
+    if backend == "triton" and (device.type == "cuda" or case in CASES[:3]):  # no atomics: two runs are bit-equal
+        again = run(op, qkv, grad, case.layout, backend)
         assert torch.equal(ours.out, again.out)
         assert torch.equal(ours.d_qkv, again.d_qkv)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("backend", ["portable", *KERNELS[:1]])
+@pytest.mark.parametrize(("op", "case"), FIXED, ids=str)
+@pytest.mark.parametrize("backend", ["portable", "triton"])
 def test_errs_at_most_twice_torchs_own_attention(backend, op, case, device, seed):
     compare(op, backend, case, device)
 
 
 @pytest.mark.parametrize("number", range(10))
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("backend", ["portable", *KERNELS[:1]])
+@pytest.mark.parametrize("backend", ["portable", "triton"])
 def test_random_cases(backend, op, number, device, seed):
     case = random_case(random.Random(seed))
     print(case)
@@ -54,7 +53,7 @@ def test_random_cases(backend, op, number, device, seed):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("backend", ["portable", *KERNELS[:1]])
+@pytest.mark.parametrize("backend", ["portable", "triton"])
 def test_one_hot(backend, op, dtype, device, seed):
     """Scores of 10**5: the output is the winner's value exactly, without an overflow, where one key clearly wins."""
     case = Case(TokenLayout(4, 19), dtype=dtype, magnitude=200.0)
@@ -75,7 +74,7 @@ def test_one_hot(backend, op, dtype, device, seed):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="whole pretraining shapes take minutes under the interpreter")
 @pytest.mark.parametrize("case", PRETRAINING, ids=str)
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("backend", ["portable", *KERNELS[:1]])
+@pytest.mark.parametrize("backend", ["portable", "triton"])
 def test_pretraining_shapes(backend, op, case, device, seed):
     compare(op, backend, case, device)
 
