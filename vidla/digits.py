@@ -63,6 +63,7 @@ MOTIONS = {
     "down": ("falls", "drops to the bottom"),
     "back": ("turns back", "comes out and returns"),
     "appear": ("appears", "slowly fades in"),
+    "vanish": ("vanishes", "is fading away"),
 }
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 OPENINGS = ("look, ", "here ", "okay so ", "and now ")
@@ -140,7 +141,8 @@ def _path(motion: str, count: int, rng: np.random.Generator) -> tuple[np.ndarray
         return across, room - along, full
     if motion == "back":  # in from the left, and back there
         return -GRID + (1 - np.abs(2 * t - 1)) * (room + GRID), across, full
-    return across, np.full(count, rng.integers(room // GRID + 1) * GRID), np.clip(0.1 + 1.2 * t, 0, 1)  # appear
+    opacity = np.clip(0.1 + 1.2 * t, 0, 1)  # of a digit that appears where it stands, or vanishes
+    return across, np.full(count, rng.integers(room // GRID + 1) * GRID), opacity if motion == "appear" else opacity[::-1]
 
 
 @lru_cache(maxsize=1)
@@ -361,7 +363,7 @@ def main(
 
     Args:
         out: folder for the shards; made if needed, must not hold shards yet.
-        clips: how many clips, at about 25 KB each. The test split has at most 3540, since no text comes twice.
+        clips: how many clips, at about 25 KB each. The test split has at most 4830, since no text comes twice.
         seed: another seed gives another data set; at most 2^64 - 1.
         split: train has clips of one to three events, and some lack a text; test has two events and different images.
     """
