@@ -325,11 +325,11 @@ def test_temperature(seed):
         assert model.logit_scale.exp().item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiles_into_one_graph(backend, seed):
-    model = tiny()
+@pytest.mark.parametrize(("compiler", "backend"), [("eager", "auto"), ("aot_eager", "auto"), ("aot_eager", "triton")])
+def test_compiles_into_one_graph(compiler, backend, seed):
+    model = tiny(backend=backend)
     video = video_for(model)
-    compiled = torch.compile(model.visual, fullgraph=True, backend=backend)
+    compiled = torch.compile(model.visual, fullgraph=True, backend=compiler)
     expected = model.encode_video(video)
     features = compiled(video)
     torch.testing.assert_close(features, expected)
