@@ -38,7 +38,6 @@ from . import tiles
 from . import triton_common as common
 from .layout import TokenLayout
 
-
 # Where a program works; rows, keys and tiles of a frame.
 
 
