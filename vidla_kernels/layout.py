@@ -9,9 +9,8 @@ Everything else (masks, kernels, benchmark peers, tests) asks this file: dense c
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, fields
-from functools import cached_property
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,6 +21,11 @@ class SummaryRow(NamedTuple):
     first: int
     end: int
     stride: int
+
+
+def _derived() -> Any:
+    """A field that `__post_init__` computes: no argument, not compared, not printed."""
+    return field(init=False, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -48,50 +52,58 @@ class TokenLayout:
     temporal_scale: int = 2
     patches_see_cls: bool = False
 
+    # Derived quantities, in the paper's symbols. Computed once, and plain attributes because torch.compile traces those.
+    num_mst: int = _derived()  # U*V
+    num_summary: int = _derived()  # G = 1 + U*V: CLS and MST together, the first G positions
+    num_patches: int = _derived()  # T*N, the patch tokens of all frames
+    seq_len: int = _derived()  # S = 1 + U*V + T*N
+    frame_strides: tuple[int, ...] = _derived()  # for each level u: r**u, or T where r**u is larger (frame 0 alone, both ways)
+
+    # The rule in the form kernels use: for each of the G summary rows an interval of summary keys and a stride of frames,
+    # and for all patches the first summary key they see: 0 with patches_see_cls, else 1.
+    summary_rows: tuple[SummaryRow, ...] = _derived()
+    first_key_of_patches: int = _derived()
+    visible_pairs: int = _derived()  # how many (query, key) pairs see each other: the scores needed per batch row and head
+
     def __post_init__(self) -> None:
         if not isinstance(self.patches_see_cls, bool):
             raise ValueError(f"patches_see_cls is {self.patches_see_cls!r}; it must be True or False")
         least = {"frames": 1, "patches": 1, "levels": 0, "tokens_per_level": 0, "temporal_scale": 1}
-        for field in fields(self)[:5]:
-            value = getattr(self, field.name)
+        for name in least:
+            value = getattr(self, name)
             try:
                 if isinstance(value, bool):
                     raise TypeError
                 number = operator.index(value)
             except TypeError:
-                raise ValueError(f"{field.name} is {value!r}; it must be an integer >= {least[field.name]}") from None
-            if number < least[field.name]:
-                raise ValueError(f"{field.name} is {number}; it must be >= {least[field.name]}")
-            object.__setattr__(self, field.name, number)  # numpy integers become plain ones
+                raise ValueError(f"{name} is {value!r}; it must be an integer >= {least[name]}") from None
+            if number < least[name]:
+                raise ValueError(f"{name} is {number}; it must be >= {least[name]}")
+            object.__setattr__(self, name, number)  # numpy integers become plain ones
         if self.levels and not self.tokens_per_level:
             raise ValueError("tokens_per_level is 0; it must be >= 1 (for no MST at all, levels=0)")
+        for name, value in self._derive().items():
+            object.__setattr__(self, name, value)
 
-    # Derived quantities, in the paper's symbols.
-
-    @cached_property
-    def num_mst(self) -> int:
-        """U*V, the number of MST tokens."""
-        return self.levels * self.tokens_per_level
-
-    @cached_property
-    def num_summary(self) -> int:
-        """G = 1 + U*V: CLS and MST together, the first G positions."""
-        return 1 + self.num_mst
-
-    @cached_property
-    def num_patches(self) -> int:
-        """T*N, the number of patch tokens of all frames."""
-        return self.frames * self.patches
-
-    @cached_property
-    def seq_len(self) -> int:
-        """S = 1 + U*V + T*N."""
-        return self.num_summary + self.num_patches
-
-    @cached_property
-    def frame_strides(self) -> tuple[int, ...]:
-        """For each level u the stride of the frames it sees: r**u, or T where r**u is larger (frame 0 alone, either way)."""
-        return tuple(min(self.temporal_scale**level, self.frames) for level in range(self.levels))
+    def _derive(self) -> dict[str, object]:
+        T, N, U, V, r = self.frames, self.patches, self.levels, self.tokens_per_level, self.temporal_scale
+        G = 1 + U * V
+        strides = tuple(min(r**level, T) for level in range(U))
+        rows = [SummaryRow(0, G, 1)]  # CLS
+        for level, stride in enumerate(strides):
+            rows += [SummaryRow(1, 1 + (level + 1) * V, stride)] * V
+        first = 0 if self.patches_see_cls else 1
+        pairs = T * N * (N + G - first) + sum(row.end - row.first + -(-T // row.stride) * N for row in rows)
+        return {
+            "num_mst": U * V,
+            "num_summary": G,
+            "num_patches": T * N,
+            "seq_len": G + T * N,
+            "frame_strides": strides,
+            "summary_rows": tuple(rows),
+            "first_key_of_patches": first,
+            "visible_pairs": pairs,
+        }
 
     # The rule, for one query and key or for whole tensors of them.
 
@@ -136,29 +148,6 @@ class TokenLayout:
         """Dense (T*N, T*N) bool mask of tube attention, True = visible. For the reference and tests only."""
         position = torch.arange(self.num_patches, device=device)
         return self.tube_visible(position[:, None], position[None])
-
-    # The same rule in the form kernels use: per summary row an interval of summary keys and a stride of frames.
-
-    @cached_property
-    def summary_rows(self) -> tuple[SummaryRow, ...]:
-        """Row g of the sequence's first G: what that CLS or MST token sees."""
-        v = self.tokens_per_level
-        rows = [SummaryRow(0, self.num_summary, 1)]
-        for level, stride in enumerate(self.frame_strides):
-            rows += [SummaryRow(1, 1 + (level + 1) * v, stride)] * v
-        return tuple(rows)
-
-    @property
-    def first_key_of_patches(self) -> int:
-        """Patches see the summary keys from this one on: 0 with patches_see_cls, else 1 (they skip CLS)."""
-        return 0 if self.patches_see_cls else 1
-
-    @cached_property
-    def visible_pairs(self) -> int:
-        """Number of visible (query, key) pairs: the scores that hierarchical attention needs, per batch row and head."""
-        own_frame = self.num_patches * (self.patches + self.num_summary - self.first_key_of_patches)
-        rows = sum(row.end - row.first + -(-self.frames // row.stride) * self.patches for row in self.summary_rows)
-        return own_frame + rows
 
     def describe(self) -> str:
         """The layout in words: token order, sizes, and a table of who sees whom."""

@@ -37,16 +37,19 @@ def test_opcheck(op, dtype, device, seed, triton_here):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_without_a_graph_break(backend, device, seed, triton_here):
+    """Compiled before anything has run: a new layout must hold nothing that only an eager call would fill in."""
+    layout = TokenLayout(3, 5, 2, 2, 2)
+
     def step(qkv):
-        out = hierarchical_attention(qkv, LAYOUT, backend=backend)
-        patches = tube_attention(qkv[:, LAYOUT.num_summary :], LAYOUT, backend=backend)
+        out = hierarchical_attention(qkv, layout, backend=backend)
+        patches = tube_attention(qkv[:, layout.num_summary :], layout, backend=backend)
         return out.sum() + patches.square().sum()
 
     torch._dynamo.reset()
     qkv, _ = draw("hierarchical", device)
     eager, compiled = qkv.clone().requires_grad_(), qkv.clone().requires_grad_()
-    step(eager).backward()
     torch.compile(step, fullgraph=True, backend="aot_eager")(compiled).backward()
+    step(eager).backward()
     torch.testing.assert_close(compiled.grad, eager.grad)
 
 
