@@ -14,7 +14,6 @@ which gives the same bits, takes 22 us and 0.44 ms, but torchvision 0.29 announc
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,11 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from . import sampling
-from .shards import ClipMeta, ShardError, ShardSet
+from .shards import ClipMeta, ShardSet, decode_frame
 
 __all__ = ["CLIP_MEAN", "CLIP_STD", "Batch", "ClipLoader", "decode_clip", "normalise"]
 
@@ -182,27 +180,12 @@ def decode_clip(shards: ShardSet, index: int, meta: ClipMeta, view: sampling.Vie
         if t > 0 and k == view.frames[t - 1]:  # a clip with fewer frames than T repeats some
             video[t] = video[t - 1]
             continue
-        where = f"{shards.where(index)}, frame {k:02d}"
-        frame = _decode(jpeg, where)
-        height, width = frame.shape[:2]
-        if (width, height) != (meta.width, meta.height):
-            raise ShardError(f"{where}: is {width}x{height}; legal: {meta.width}x{meta.height}, as in the clip's JSON")
+        frame = decode_frame(jpeg, meta, f"{shards.where(index)}, frame {k:02d}")
         video[t] = frame[top : top + side, left : left + side]
     out = torch.from_numpy(video).permute(0, 3, 1, 2)  # channels last is the fast case of interpolate on uint8
     if side != image_size:
         out = F.interpolate(out, (image_size, image_size), mode="bicubic", antialias=True)
     return out.flip(-1) if view.flip else out
-
-
-def _decode(jpeg: bytes, where: str) -> np.ndarray:
-    """(h, w, 3) uint8, or (h, w, 1) of a grey frame."""
-    try:
-        image = Image.open(io.BytesIO(jpeg), formats=("JPEG",))
-        if image.mode == "L":
-            return np.asarray(image)[:, :, None]
-        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    except (OSError, SyntaxError) as error:  # what PIL raises for bytes that are no picture, or not all of one
-        raise ShardError(f"{where}: not a whole JPEG ({error}); make the shard again") from None
 
 
 class _Clips(Dataset):

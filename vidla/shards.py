@@ -9,16 +9,21 @@ Invariants:
 - Nothing illegal is written and nothing illegal is read: `parse_meta` checks both ways, and an error names the file,
   the key, the field, what was found and what is legal.
 - Every clip is read where it lies (os.pread), so the order of training is free and needs no shuffle buffer.
+
+    python -m vidla.shards check DIR     reads every clip and decodes every frame of a folder
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import io
 import itertools
 import json
 import math
 import os
 import re
+import sys
 import tarfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -27,8 +32,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 
-__all__ = ["ClipMeta", "ShardError", "ShardSet", "ShardWriter", "parse_meta"]
+__all__ = ["ClipMeta", "ShardError", "ShardSet", "ShardWriter", "decode_frame", "parse_meta"]
 
 FORMAT, INDEX_FORMAT, VERSION = "vidla-clip", "vidla-index", 1
 SCALES = ("short", "medium", "long")
@@ -137,7 +143,7 @@ class ShardWriter:
         self.folder, self.samples_per_shard, self.prefix = Path(folder), samples_per_shard, prefix
         self.folder.mkdir(parents=True, exist_ok=True)
         if old := sorted(self.folder.glob(f"{prefix}-[0-9]*.tar")):
-            raise FileExistsError(f"{old[0]} exists; write to an empty folder, or take another prefix")
+            raise FileExistsError(f"{old[0]} exists; write to an empty folder")
         self._shards = 0
         self._keys: set[str] = set()
         self._file: Any = None
@@ -215,6 +221,9 @@ def _tar_header(name: str, size: int) -> bytes:
 # ---- The index -------------------------------------------------------------------------------------------------
 
 
+COLUMNS = {"keys": str, "sources": str, "captions": bool, "subtitles": bool, "frames": int, "offsets": int, "sizes": int}
+
+
 class _Index:
     """Collects what the index of one shard says. A column is a list with one entry a clip; see docs/shards.md."""
 
@@ -255,13 +264,13 @@ def _read_index(tar: Path) -> dict[str, Any]:
             why = f"has format {index['format']!r} version {index['version']}"
         elif index["tar_size"] != tar.stat().st_size:
             why = f"is for a tar of {index['tar_size']} bytes, which has {tar.stat().st_size}"
-        elif len(index["offsets"]) != len(index["sizes"]) or len(index["sizes"]) != sum(index["frames"]) + len(index["keys"]):
-            why = "has columns that do not fit each other"
+        elif not _columns_fit(index):
+            why = "has columns of wrong values, or that do not fit each other"
         else:
             return index
     except FileNotFoundError:
         why = "is missing"
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):  # ValueError: no UTF-8, no JSON
         why = "is not readable"
     index = _scan(tar)
     note = f"the index {path} {why}; rebuilt it by scanning {tar.name} ({len(index['keys'])} clips)"
@@ -271,6 +280,19 @@ def _read_index(tar: Path) -> dict[str, Any]:
         note += f", but cannot keep it: {error}"
     warnings.warn(note, stacklevel=4)
     return index
+
+
+def _columns_fit(index: dict[str, Any]) -> bool:
+    """Whether each column is a list of its type and length, and every number lies within the tar."""
+    for name, kind in COLUMNS.items():
+        column = index[name]
+        if not isinstance(column, list) or not set(map(type, column)) <= {kind}:
+            return False
+        if kind is int and column and not 0 <= min(column) <= max(column) <= index["tar_size"]:
+            return False
+    clips = len(index["keys"])
+    lengths = {"offsets": clips + sum(index["frames"]), "sizes": clips + sum(index["frames"])}
+    return all(len(index[name]) == lengths.get(name, clips) for name in COLUMNS)
 
 
 def _scan(tar: Path) -> dict[str, Any]:
@@ -320,6 +342,25 @@ def _decode_meta(data: bytes, key: str, frames: int, file: str) -> ClipMeta:
 
 
 # ---- Reading ---------------------------------------------------------------------------------------------------
+
+
+def decode_frame(jpeg: bytes, meta: ClipMeta, where: str) -> np.ndarray:
+    """One frame of a clip: (h, w, 3) uint8 RGB, or (h, w, 1) of a grey frame.
+
+    Args: where: words for the error's beginning ("shard-000000.tar, clip 'k1', frame 00").
+    Raises: ShardError where the bytes are no JPEG of the size that the clip's JSON gives.
+    """
+    try:
+        image = Image.open(io.BytesIO(jpeg), formats=("JPEG",))
+        pixels = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+    except UnidentifiedImageError:
+        raise ShardError(f"{where}: not a JPEG; make the shard again") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what PIL raises for bytes that are not all of one
+        raise ShardError(f"{where}: not a whole JPEG ({error}); make the shard again") from None
+    height, width = pixels.shape[:2]
+    if (width, height) != (meta.width, meta.height):
+        raise ShardError(f"{where}: is {width}x{height}; legal: {meta.width}x{meta.height}, as in the clip's JSON")
+    return pixels.reshape(height, width, -1)
 
 
 class ShardSet:
@@ -429,3 +470,44 @@ class ShardSet:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}
+
+
+# ---- The command -----------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m vidla.shards check DIR`. Exit code: 0, 1 where a clip is bad, 2 where there is nothing to check."""
+    from rich.console import Console
+    from rich.progress import track
+
+    parser = argparse.ArgumentParser(prog="python -m vidla.shards", description="Whether a folder of shards can be trained on.")
+    parser.add_argument("command", choices=["check"], help="read every clip, decode every frame; tell the first that is bad")
+    parser.add_argument("folder", type=Path, help="the folder that holds the *.tar files")
+    folder = parser.parse_args(argv).folder
+    try:
+        clips = ShardSet(folder)
+    except ShardError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except OSError as error:
+        parser.error(str(error))
+    bad: list[str] = []
+    for i in track(range(len(clips)), "checking", console=Console(stderr=True), disable=not sys.stderr.isatty()):
+        try:
+            meta = clips.meta(i)
+            for k, jpeg in enumerate(clips.frames(i, range(len(meta.times)))):
+                decode_frame(jpeg, meta, f"{clips.where(i)}, frame {k:02d}")
+        except ShardError as error:
+            bad.append(str(error))
+    if bad:
+        print(bad[0], file=sys.stderr)
+    print(
+        f"{folder}: {len(clips)} clips of {len(set(clips.source_ids.tolist()))} sources in {len(clips.shards)} shards, "
+        f"{clips.frame_counts.sum()} frames, {clips.has_caption.sum()} captions, {clips.has_subtitle.sum()} subtitles; "
+        f"{len(bad)} clips are bad"
+    )
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

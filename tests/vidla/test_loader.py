@@ -197,7 +197,7 @@ def test_a_bad_frame_is_named(tmp_path, damage, workers):
                 bad = {"noise": b"\xff\xd8 is no picture", "cut": jpegs[1][: len(jpegs[1]) // 2], "size": file.getvalue()}
                 jpegs[1] = bad[damage]
             writer.write(meta, jpegs)
-    words = {"noise": "not a whole JPEG", "cut": "not a whole JPEG", "size": "is 9x20; legal: 28x20"}[damage]
+    words = {"noise": "not a JPEG;", "cut": r"not a whole JPEG \(", "size": "is 9x20; legal: 28x20"}[damage]
     with pytest.raises(ShardError, match=rf"shard-000000\.tar, clip 'k2', frame 01: {words}"):
         list(make(ShardSet(tmp_path / "bad"), train=False, workers=workers))
 

@@ -126,6 +126,35 @@ def test_bad_index_is_rebuilt_and_said(folder, damage, recwarn):
     assert len([w for w in recwarn.list if "rebuilt" in str(w.message)]) == 0
 
 
+@pytest.mark.parametrize("name", shards.COLUMNS)
+@pytest.mark.parametrize(
+    "damage",
+    [lambda c: c[:-1], lambda c: [*c, c[-1]], lambda c: [0.5, *c[1:]], lambda c: [None, *c[1:]], len],
+    ids=["short", "long", "0.5", "null", "no list"],
+)
+def test_a_damaged_column_of_the_index_is_rebuilt(folder, name, damage):
+    """Every one: with a source too few, the sources of the next shard would move to other clips."""
+    read = ShardSet(folder)
+    path = folder / "shard-000000.index"
+    whole = path.read_text()
+    table = json.loads(whole)
+    path.write_text(json.dumps({**table, name: damage(table[name])}))
+    with pytest.warns(UserWarning, match=r"shard-000000\.index has columns .*; rebuilt"):
+        again = ShardSet(folder)
+    assert again.fingerprint == read.fingerprint
+    assert again.source_ids.tolist() == read.source_ids.tolist()
+    assert path.read_text() == whole
+
+
+@pytest.mark.parametrize("number", [-1, 10**30, "zero"])
+def test_an_index_that_points_nowhere_in_its_tar_is_rebuilt(folder, number):
+    path = folder / "shard-000001.index"
+    table = json.loads(path.read_text())
+    path.write_text(json.dumps({**table, "offsets": [number, *table["offsets"][1:]]}))
+    with pytest.warns(UserWarning, match=r"shard-000001\.index has columns .*; rebuilt"):
+        assert ShardSet(folder).meta(3) == clip(3, frames=4)[0]
+
+
 def test_fingerprint_tells_data_apart(folder, tmp_path):
     with ShardWriter(tmp_path / "other", samples_per_shard=3) as writer:
         for number in range(7):
@@ -290,6 +319,39 @@ def test_other_processes_read_the_same(folder, method):
     with multiprocessing.get_context(method).Pool(2) as pool:
         assert pool.map(read_all, [read, read]) == [wanted, wanted]
     assert read_all(read) == wanted
+
+
+def test_check_reads_everything(folder, capsys):
+    assert shards.main(["check", str(folder)]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"{folder}: 7 clips of 4 sources in 3 shards, 28 frames, 5 captions, 6 subtitles; 0 clips are bad\n"
+    assert said.err == ""
+
+
+def test_check_tells_the_first_bad_clip_and_counts_all(folder, capsys):
+    tar = folder / "shard-000001.tar"
+    whole = tar.read_bytes()
+    cut, other = clip(3, 4)[1][2], clip(4, 5)[1][0]
+    tar.write_bytes(whole.replace(cut, cut[:300] + bytes(len(cut) - 300)).replace(other, bytes(len(other))))
+    assert shards.main(["check", str(folder)]) == 1
+    said = capsys.readouterr()
+    assert re.fullmatch(rf"{tar}, clip 'v003-a', frame 02: not a .*JPEG.*\n", said.err)
+    assert said.out.endswith("; 2 clips are bad\n")
+    for path in (tar, tar.with_suffix(".index")):
+        path.write_bytes(path.read_bytes()[:700])
+    assert shards.main(["check", str(folder)]) == 1
+    assert "make the shard again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [(["make", "x"], "invalid choice: 'make' .*check"), (["check"], "folder"), (["check", "."], "no shards")]
+)
+def test_wrong_use_of_the_command(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        shards.main(words)
+    assert stopped.value.code == 2
+    assert re.search(said, capsys.readouterr().err)
 
 
 def test_the_page_of_the_format_is_right(folder):
