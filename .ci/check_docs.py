@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # for what is run from the checkout and not installed: benchmarks
 MADE_BY_A_RUN = (
     "runs",
     "checkpoints",

@@ -11,10 +11,12 @@ import contextlib
 import dataclasses as dc
 import difflib
 import io
+import math
 import os
 import re
 import sys
 import typing
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -257,7 +259,10 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
     if recipe in names:
         text = (resources.files("vidla") / "recipes" / f"{recipe}.toml").read_text()
     elif Path(recipe).is_file():
-        text = Path(recipe).read_text()
+        try:
+            text = Path(recipe).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"recipe {recipe}: cannot be read as UTF-8 text: {error}") from None
     elif recipe.endswith(".toml") or os.sep in recipe:
         raise UsageError(f"recipe {recipe}: no such file")
     else:
@@ -348,6 +353,17 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
+def _walk_numbers(node: Any, prefix: str = "--") -> Iterator[tuple[str, float]]:
+    """Every option that is a number, by its name on the command line."""
+    for field in dc.fields(node):
+        value, name = getattr(node, field.name), f"{prefix}{field.name.replace('_', '-')}"
+        if dc.is_dataclass(value):
+            yield from _walk_numbers(value, f"{name}.")
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float):
+                yield name, number
+
+
 def _check(config: Config) -> None:
     """Refuse values no run can have, each with the option's name."""
 
@@ -356,6 +372,8 @@ def _check(config: Config) -> None:
             raise UsageError(sentence)
 
     optim, data, run = config.optim, config.data, config.run
+    for name, value in _walk_numbers(config):
+        need(math.isfinite(value), f"{name} must be a finite number, not {value}")
     need(not (config.steps and config.epochs), "give --steps or --epochs, not both")
     need(config.steps >= 0 and config.epochs >= 0, "--steps and --epochs must not be negative")
     need(bool(config.steps or config.epochs), "give --steps N or --epochs N: the run has no length")

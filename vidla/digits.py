@@ -198,11 +198,21 @@ def _train_sources(seed: int) -> Iterator[tuple[tuple[Event, ...], list[tuple[in
 def _test_sources(seed: int, clips: int) -> Iterator[tuple[tuple[Event, ...], list[tuple[int, int]]]]:
     """`clips` sources of two events, all different, in pairs of (a, b) and (b, a)."""
     pairs = list(itertools.combinations(EVENTS, 2))
-    if not 1 <= clips <= 2 * len(pairs):
-        raise ValueError(f"the test split has between 1 and {2 * len(pairs)} different texts, not {clips}")
     for place in range(clips):
         a, b = pairs[sampling.order(seed, 0, len(pairs))[place // 2]]
         yield ((a, b) if place % 2 == 0 else (b, a)), [(0, 2)]
+
+
+def _check_arguments(split: str, clips: int, seed: int) -> None:
+    if split not in ("train", "test"):
+        raise ValueError(f'split must be "train" or "test", not {split!r}')
+    if clips < 1:
+        raise ValueError(f"clips must be >= 1, not {clips}")
+    texts = len(EVENTS) * (len(EVENTS) - 1)
+    if split == "test" and clips > texts:
+        raise ValueError(f"the test split has at most {texts} clips, since no text comes twice, not {clips}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be from 0 to 2^64 - 1, not {seed}")
 
 
 def generate(
@@ -221,11 +231,9 @@ def generate(
         clips: how many; fewer clips are the first of more.
         progress: called with the number of clips written so far.
     Returns: the folder.
+    Raises: ValueError for an illegal argument, before anything is made; FileExistsError if the folder has shards.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f'split must be "train" or "test", not {split!r}')
-    if clips < 1:
-        raise ValueError(f"clips must be >= 1, not {clips}")
+    _check_arguments(split, clips, seed)
     sources = _train_sources(seed) if split == "train" else _test_sources(seed, clips)
     written = 0
     with ShardWriter(folder) as writer:
@@ -287,8 +295,20 @@ def make_default(
 
     A half-made set is never taken for a whole one (it is made under another name and renamed), and of several
     processes that ask at once one works while the others wait for it.
+
+    Raises: OSError saying what to do where the cache cannot be used.
     """
     folder = default_folder(cache_dir, clips, test_clips, seed)
+    try:
+        return _make_once(folder, clips, test_clips, seed)
+    except OSError as error:
+        raise OSError(
+            f"cannot keep the default data in {folder.parent} ({error}); let the environment variable VIDLA_CACHE name a folder "
+            "that can be written, or give data of your own (--data.train, --data.test)"
+        ) from error
+
+
+def _make_once(folder: Path, clips: int, test_clips: int, seed: int) -> tuple[Path, Path]:
     train, test = folder / "train", folder / "test"
     if folder.exists():
         return train, test
@@ -368,11 +388,12 @@ def main(
         split: train has clips of one to three events, and some lack a text; test has two events and different images.
     """
     try:
+        _check_arguments(split, clips, seed)
         with _Progress(f"writing {out}", clips) as progress:
             generate(out, split, clips, seed, progress=progress)
     except (ValueError, OSError) as error:
         print(f"vidla.digits: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
 
 
 if __name__ == "__main__":

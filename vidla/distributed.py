@@ -23,6 +23,10 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+class MainFailed(RuntimeError):
+    """Rank 0 failed while this rank waited for it; rank 0 says why."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """Who this process is among all processes of the run, and the device it computes on."""
@@ -47,7 +51,7 @@ class Ranks:
         """Run the body on rank 0, and on the other ranks only after that: `with ranks.main_first(): make_data()`.
 
         Every rank runs the body, so what rank 0 has left behind (a cached data set) should make it quick for the others.
-        They wait at most `setup`'s timeout. If the body fails on rank 0, the other ranks raise RuntimeError.
+        They wait at most `setup`'s timeout. If the body fails on rank 0, the other ranks raise MainFailed.
         """
         if self.is_main:
             failed = True
@@ -58,7 +62,7 @@ class Ranks:
                 self._tell(failed)
         else:
             if self._tell(False):
-                raise RuntimeError("rank 0 failed in a step that the other ranks were waiting for; see its error")
+                raise MainFailed("rank 0 failed in a step that the other ranks were waiting for; see its error")
             yield
 
     def _tell(self, failed: bool) -> bool:

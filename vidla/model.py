@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 
 _CONFIGS = Path(__file__).parent / "model_configs"
 _WEIGHTS_FILE = "model.safetensors"  # huggingface_hub's name for it
-_MAX_SCALE = 100.0  # CLIP's bound of exp(logit_scale)
+# CLIP's bound of exp(logit_scale), 100: the largest float32 whose exponential does not exceed it, log(100) rounded down.
+_MAX_LOG_SCALE = 4.605169773101807
 
 
 def get_model_config(name: str) -> dict[str, Any]:
@@ -165,7 +166,7 @@ class VidLA(
     @torch.no_grad()
     def clamp_temperature(self) -> None:
         """Keep the factor on similarities in 1 to 100, as CLIP does after every step (docs/decisions.md, 8)."""
-        self.logit_scale.clamp_(0, math.log(_MAX_SCALE))
+        self.logit_scale.clamp_(0, _MAX_LOG_SCALE)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Hook of save_pretrained. The config is in the file's header too, so that the weights alone still tell it."""

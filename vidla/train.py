@@ -114,6 +114,8 @@ def train(config: Config, ranks: Ranks) -> int:
     from .tokenizer import get_tokenizer
 
     device, output = ranks.device, Path(config.output)
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output {output} is a file: give a folder")
     train_set, test_set = open_data(config, ranks)
     steps = config.steps or math.ceil(config.epochs * len(train_set) / config.data.batch_size)
     share = share_of_batch(config.data.batch_size, ranks.world_size)
@@ -125,6 +127,7 @@ def train(config: Config, ranks: Ranks) -> int:
         layout = {name: value for name, value in dc.asdict(config.model).items() if name not in ("name", "pretrained")}
         bare = create_model(config.model.name, starting_weights(config.model.pretrained), **layout).to(device)
         tokenizer = get_tokenizer(config.model.name)
+    check_backend(config, bare, device, torch.bfloat16 if bf16 else torch.float32)
     optimizer = create_optimizer(bare, config.optim)
     who = identity(config) | {"data.train's content": train_set.fingerprint, "data.test's content": test_set.fingerprint}
     resumed = checkpoint_to_resume(config)
@@ -177,10 +180,14 @@ def train(config: Config, ranks: Ranks) -> int:
             }
             if log:
                 record["keys_hash"] = keys_hash(loader.global_keys(step))
-                if last or (config.run.eval_every and done % config.run.eval_every == 0 and not stopped):
+                evaluates = last or (config.run.eval_every and done % config.run.eval_every == 0 and not stopped)
+                saves = last or stopped or done % config.run.save_every == 0
+                if (evaluates or saves) and (bad := not_finite_weights(bare)):
+                    raise RunError(bad)
+                if evaluates:
                     record |= evaluate(bare, held_out, autocast)
                 log.step(record)
-                if last or stopped or done % config.run.save_every == 0:
+                if saves:
                     checkpoint.save(output / "checkpoints", done, bare, optimizer, who, record, config.run.keep)
             if stopped and not last:
                 if log:
@@ -231,6 +238,17 @@ def share_of_batch(batch_size: int, world_size: int) -> int:
     return batch_size // world_size
 
 
+def check_backend(config: Config, model: VidLA, device: torch.device, dtype: torch.dtype) -> None:
+    """UsageError where the attention backend asked for cannot serve this model here; better now than in the first step."""
+    from vidla_kernels.backends import Case, choose
+
+    attention = model.visual.transformer.resblocks[0].attn
+    try:
+        choose(config.model.backend, Case(device, dtype, attention.out_proj.in_features // attention.heads, model.layout))
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(f"--model.backend {config.model.backend}: {error}") from None
+
+
 def checkpoint_to_resume(config: Config) -> Path | None:
     """The checkpoint that --resume asks for, or None to start afresh."""
     from .checkpoint import latest
@@ -247,17 +265,19 @@ def checkpoint_to_resume(config: Config) -> Path | None:
 
 def prepare_output(config: Config, resumed: Path | None) -> None:
     """Make the output folder. What an earlier run left there is never overwritten: a fresh start, or one from another
-    run's checkpoint, moves it to OUTPUT/previous-N."""
+    run's checkpoint, moves it to OUTPUT/previous-N; going back to an older checkpoint moves the newer ones there."""
     output = Path(config.output)
     another = resumed is not None and resumed.resolve().parent != (output / "checkpoints").resolve()
     if config.resume == "never" or another:
-        set_aside(output)
+        set_aside(output, [output / name for name in ("checkpoints", "log.jsonl", "config.toml", "tensorboard")])
+    elif resumed is not None:  # its successors belong to a past that this run leaves; --resume auto must not find them
+        set_aside(output, [path for path in resumed.resolve().parent.glob("step-*") if path.name > resumed.name])
     output.mkdir(parents=True, exist_ok=True)
 
 
-def set_aside(output: Path) -> None:
-    """Move an earlier run's files to OUTPUT/previous-N, N the first that is free."""
-    earlier = [path for name in ("checkpoints", "log.jsonl", "config.toml", "tensorboard") if (path := output / name).exists()]
+def set_aside(output: Path, paths: list[Path]) -> None:
+    """Move those of an earlier run's files that exist to OUTPUT/previous-N, N the first that is free."""
+    earlier = [path for path in paths if path.exists()]
     if earlier:
         number = 1
         while (folder := output / f"previous-{number}").exists():
@@ -306,6 +326,12 @@ def keys_hash(keys: list[str]) -> str:
     return hashlib.sha256("".join(f"{key}\n" for key in keys).encode()).hexdigest()[:16]
 
 
+def not_finite_weights(model: VidLA) -> str:
+    """What to say of weights that an update has made infinite or NaN, although its gradient was finite; '' if all are fine."""
+    bad = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    return f"the update left {len(bad)} tensors of weights that are not finite ({bad[0]}, ...): lower --optim.lr" if bad else ""
+
+
 def not_finite(loss: float, norm: float, step: int, keys: list[str], output: Path, ranks: Ranks) -> str:
     """What to say of a step without a finite loss or gradient; its sample keys are also left in a file."""
     path = output / f"not-finite-step-{step}.json"
@@ -313,7 +339,7 @@ def not_finite(loss: float, norm: float, step: int, keys: list[str], output: Pat
         path.write_text(json.dumps({"step": step, "loss": str(loss), "grad_norm": str(norm), "keys": keys}))
     few = ", ".join(keys[:64]) + (f" and {len(keys) - 64} more" if len(keys) > 64 else "")
     return (
-        f"loss {loss}, gradient norm {norm} at step {step}: stopped before the update, the last checkpoint is good; "
+        f"loss {loss}, gradient norm {norm} at step {step}: stopped before the update; what checkpoints there are, are good; "
         f"lower --optim.lr, or look at the batch, in {path}: {few}"
     )
 
@@ -385,6 +411,8 @@ def main(argv: list[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:
         now = config.run.micro_batch or "the whole share of a process"
         return complain(f"out of GPU memory: lower --run.micro-batch (now {now}). {error}", 1)
+    except distributed.MainFailed:  # rank 0 has said why
+        return 1
     except RunError as error:
         return complain(error, 1, ranks)
     except ShardError as error:  # of one rank alone; behind a loader process its sentence ends a traceback

@@ -152,9 +152,17 @@ def test_same_arguments_same_bytes_and_fewer_are_the_first(train, tmp_path):
 
 
 def test_bad_arguments_say_what_is_legal(tmp_path):
-    for kwargs, words in ({"split": "dev"}, "train"), ({"clips": 0}, ">= 1"), ({"split": "test", "clips": 9999}, "4830"):
+    wrong = {
+        "train": {"split": "dev"},
+        ">= 1": {"clips": 0},
+        "4830": {"split": "test", "clips": 4831},
+        "not -1": {"seed": -1},
+        "2\\^64 - 1": {"seed": 2**64},
+    }
+    for words, kwargs in wrong.items():
         with pytest.raises(ValueError, match=words):
-            digits.generate(tmp_path, **kwargs)
+            digits.generate(tmp_path / "out", **kwargs)
+    assert not (tmp_path / "out").exists()
 
 
 SMALL = {"clips": 40, "test_clips": 6}
@@ -171,6 +179,15 @@ def test_default_is_made_once(tmp_path, capfd, monkeypatch):
     assert digits.make_default(**SMALL) == (train, test)
     names = {digits.default_folder(tmp_path, *args) for args in ((40, 6, 0), (41, 6, 0), (40, 7, 0), (40, 6, 1))}
     assert len(names) == 4
+
+
+def test_a_cache_that_cannot_be_used_says_what_to_do(tmp_path, monkeypatch):
+    cache = tmp_path / "file"
+    cache.touch()
+    for place in (cache, cache / "below"):
+        monkeypatch.setenv("VIDLA_CACHE", str(place))
+        with pytest.raises(OSError, match=rf"{place} .*VIDLA_CACHE.*--data\.train"):
+            digits.make_default(**SMALL)
 
 
 def test_half_made_default_is_not_taken(tmp_path, monkeypatch):
@@ -214,4 +231,10 @@ def test_command_line(tmp_path):
     again = call(str(out), "--clips", "12")
     assert again.returncode == 1
     assert "empty folder" in again.stderr
+    assert "prefix" not in again.stderr
+    for wrong in (("--clips", "0"), ("--seed", "9" * 23), ("--split", "test", "--clips", "9999")):
+        refused = call(str(tmp_path / "new"), *wrong)
+        assert refused.returncode == 2
+        assert re.fullmatch(r"vidla\.digits: .*\n", refused.stderr)
+    assert not (tmp_path / "new").exists()
     assert call(str(out), "--split", "dev").returncode == 2

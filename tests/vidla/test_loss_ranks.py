@@ -56,7 +56,7 @@ def test_ranks_with_different_batches_all_raise(found):
 def test_when_rank_0_fails_first_the_others_raise_too(found):
     assert (found[0] / "first.0").read_text() == "KeyError: 'no data'"
     for rank in range(1, RANKS):
-        assert (found[0] / f"first.{rank}").read_text().startswith("RuntimeError: rank 0 failed")
+        assert (found[0] / f"first.{rank}").read_text().startswith("MainFailed: rank 0 failed")
 
 
 def test_without_torchrun_there_is_one_rank_and_no_group(monkeypatch):

@@ -1,5 +1,6 @@
 """The trainer: a step's gradients, and whole runs that are killed, stopped, resumed, spread over ranks."""
 
+import dataclasses as dc
 import json
 import os
 import random
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from vidla import train
-from vidla.config import UsageError
+from vidla.config import Config, UsageError
 from vidla.loader import Batch
 from vidla.model import create_model
 
@@ -236,6 +237,12 @@ def test_not_finite_stops_with_the_keys_and_keeps_the_checkpoint(shop: Workshop)
     assert (shop.folder / "nan" / "checkpoints" / f"step-{step - 1:08d}").is_dir()
 
 
+def test_weights_that_are_not_finite_are_never_saved(shop: Workshop):
+    said = shop.run("overflow", "--optim.lr", "1e39", "--optim.warmup", "0", "--run.save-every", "1", code=1)
+    assert "weights that are not finite" in said.strip().splitlines()[-1]
+    assert not list((shop.folder / "overflow").glob("checkpoints/step-*"))
+
+
 def test_resume_refuses_another_run_and_names_the_option(shop: Workshop, whole: list[dict]):
     for option, value, was in (("--seed", "1", "seed was 0, is 1"), ("--optim.lr", "2e-3", "optim.lr was 0.0003, is 0.002")):
         said = shop.run("whole", option, value, code=2)
@@ -258,12 +265,25 @@ def test_resume_never_moves_the_earlier_run_and_a_path_continues_it_elsewhere(sh
     assert "no such folder" in shop.run("twice", "--resume", "nowhere", code=2)
 
 
+def test_going_back_leaves_no_newer_checkpoint_behind(tmp_path: Path):
+    """Else --resume auto would jump ahead of the log to a checkpoint of the past that was left."""
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for step in (4, 8, 12):
+        (checkpoints / f"step-{step:08d}").mkdir(parents=True)
+    config = dc.replace(Config(), output=str(tmp_path / "run"), resume=str(checkpoints / "step-00000008"))
+    train.prepare_output(config, checkpoints / "step-00000008")
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000004", "step-00000008"]
+    assert (tmp_path / "run" / "previous-1" / "step-00000012").is_dir()
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
         (["--data.train", "/nowhere"], "/nowhere"),
         (["--model.name", "ViT-Z-99"], "ViT-Z-99"),
         (["--model.levels", "-1"], "levels"),
+        (["--model.backend", "cuda"], "ships no CUDA kernels"),
+        (["--optim.lr", "inf"], "--optim.lr must be a finite number"),
         (["--model.pretrained", "/nowhere.safetensors"], "/nowhere.safetensors"),
     ],
 )
