@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from .floor import floor_bytes, synchronize
+from .gate import gate
 from .memory import peak_bytes
 from .peers import cannot, implementations
 from .shapes import shapes
@@ -56,11 +57,3 @@ def test_attention(benchmark, op, shape, passes, name, bandwidth, table):
     row = {"us": median * 1e6, "peak_MiB": peak / 2**20, "x_floor": median / (floor_bytes(op, shape, passes) / bandwidth)}
     benchmark.extra_info.update(row)
     table.add(benchmark.group, name, **row)
-
-
-def gate(ours: tuple, reference: tuple) -> None:
-    """Agreement with the reference in the same dtype; the exact bound is the tests' business."""
-    for got, want in zip(ours, reference, strict=True):
-        if want is not None:
-            error = (got.float() - want.float()).norm() / want.float().norm()
-            assert error < (2e-5 if want.dtype == torch.float32 else 2e-2), f"disagrees with the reference by {error:.1e}"

@@ -303,8 +303,8 @@ def make_default(
         return _make_once(folder, clips, test_clips, seed)
     except OSError as error:
         raise OSError(
-            f"cannot keep the default data in {folder.parent} ({error}); let the environment variable VIDLA_CACHE name a folder "
-            "that can be written, or give data of your own (--data.train, --data.test)"
+            f"cannot keep the default data in {folder.parent} ({error}); let the environment variable VIDLA_CACHE name a "
+            "folder that can be written, or give data of your own (--data.train, --data.test)"
         ) from error
 
 

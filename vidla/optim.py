@@ -21,8 +21,8 @@ NO_DECAY = re.compile(r"(^|[._])(bias|ln|embedding|logit_scale)($|[._])")
 def learning_rate(step: int, steps: int, optim: Optim) -> float:
     """The rate of update `step` (from 0) of a run of `steps` updates: linear warm-up to the peak, then a cosine.
 
-    The first update has a rate above zero. The last one has `optim.lr_end`, except in a run so short that at most one
-    update follows the warm-up: then it has the peak.
+    The first update has a rate above zero, the last one `optim.lr_end`; where at most one update follows the warm-up,
+    the last one has the peak.
     """
     warm = math.ceil(optim.warmup * steps)
     if step < warm:

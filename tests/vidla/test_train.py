@@ -27,9 +27,13 @@ NO_AUTOCAST = torch.autocast("cpu", enabled=False)
 # ---- A step --------------------------------------------------------------------------------------------------------
 
 
-def tiny_model(tmp_path: Path, **options):
+def write_tiny(tmp_path: Path) -> str:
     (tmp_path / "tiny.json").write_text(json.dumps(TINY))
-    model = create_model(str(tmp_path / "tiny.json"), frames=4, **options)
+    return str(tmp_path / "tiny.json")
+
+
+def tiny_model(tmp_path: Path, **options):
+    model = create_model(write_tiny(tmp_path), frames=4, **options)
     for block in model.visual.transformer.resblocks:
         torch.nn.init.normal_(block.tube_attn.out_proj.weight, std=0.1)  # at its start of zero, q, k and v get no gradient
     return model
@@ -98,11 +102,15 @@ def test_only_texts_that_exist_are_encoded(tmp_path: Path, seed: int):
 
 
 def test_flops_are_the_closed_form_of_the_products(tmp_path: Path):
-    """Without MST tokens and tube attention the video tower is a ViT on each frame, whose products are known."""
-    model = tiny_model(tmp_path)
-    d, tokens, layers = 32, 1 + 4 * 2**2 + 2 * 3, 2
-    least = 2 * (layers - 1) * 12 * d * d * tokens + 2 * 2 * 12 * (12 * d * d)  # projections and MLPs; last layer: CLS only
-    assert least < train.forward_flops(model) < 4 * least
+    """Without MST tokens and tube attention the video tower is a ViT on each frame beside one CLS, whose products are known."""
+    model = create_model(write_tiny(tmp_path), frames=4, levels=0, tube=False)
+    d, E, T, N, L = 32, 16, 4, 2**2, 12
+    S = 1 + T * N
+    embed = T * N * d * 3 * 16**2
+    first = S * 12 * d * d + 2 * d * (T * N * N + S)  # 12 d^2: q, k, v, out and the MLP; patches see their frame, CLS all
+    last = S * 2 * d * d + 10 * d * d + 2 * d * S  # k and v of all, the rest of CLS only
+    text = L * 12 * d * d + 2 * d * L * L
+    assert train.forward_flops(model) == 2 * (embed + first + last + d * E + 2 * (text + d * E))
 
 
 def test_batch_must_be_shared_evenly():
