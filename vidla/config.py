@@ -60,6 +60,8 @@ class Model:
     """Attention kernels: auto, or one of vidla_kernels.available_backends."""
     checkpoint_activations: bool = dc.field(default=False, metadata=PERFORMANCE)
     """Recompute blocks in the backward: less memory, about a third more work."""
+    classes: int = 0
+    """Classes of a linear head on the video embedding, trained by the clips' labels; 0: the contrastive loss with texts."""
 
 
 @dc.dataclass(frozen=True)
@@ -69,9 +71,13 @@ class Data:
     train: str = dc.field(default="digits", metadata=PERFORMANCE)  # its content is compared instead, see checkpoint.py
     """A folder of shards, or 'digits': moving digits, generated once in the user's cache."""
     test: str = dc.field(default="digits", metadata=PERFORMANCE)
-    """Held-out clips for retrieval: a folder of shards, or 'digits'."""
+    """Held-out clips for the evaluation: a folder of shards, or 'digits'."""
     batch_size: int = 64
     """Clips in a global batch."""
+    sampling: Literal["segment", "dense"] = "segment"
+    """Frames: one of each of T equal segments of the clip, or densely, every --data.stride-th within it."""
+    stride: int = 1
+    """Dense sampling: stored frames from one to the next."""
     crop_scales: tuple[float, ...] = (1.0, 0.8)
     """Random crops: side of the crop over the frame's short side, one drawn for each clip. Empty: the centre crop."""
     flip: bool = True
@@ -379,6 +385,9 @@ def _check(config: Config) -> None:
     need(bool(config.steps or config.epochs), "give --steps N or --epochs N: the run has no length")
     need(0 <= config.seed < 2**63, f"--seed must be from 0 to 2^63 - 1, not {config.seed}")
     need(config.model.frames >= 1, f"--model.frames must be 1 or more, not {config.model.frames}")
+    need(config.model.classes != 1 and config.model.classes >= 0, "--model.classes must be 0, or 2 or more")
+    need(data.stride >= 1, f"--data.stride must be 1 or more, not {data.stride}")
+    need(data.stride == 1 or data.sampling == "dense", "--data.stride is for --data.sampling dense")
     need(data.batch_size >= 2, f"--data.batch-size must be 2 or more (a contrast needs two clips), not {data.batch_size}")
     need(all(0 < s <= 1 for s in data.crop_scales), f"--data.crop-scales must lie in (0, 1], not {data.crop_scales}")
     need(data.workers >= 0, f"--data.workers must be 0 or more, not {data.workers}")

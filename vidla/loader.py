@@ -44,6 +44,7 @@ class Batch:
         has_caption, has_subtitle: (B,) bool.
         source: (B,) int64, equal for clips of one source video, on every rank.
         index: (B,) int64, the clips' numbers in the ShardSet.
+        label: (B,) int64, their classes; -1 where there is none.
         keys: their keys.
     """
 
@@ -54,6 +55,7 @@ class Batch:
     has_subtitle: torch.Tensor
     source: torch.Tensor
     index: torch.Tensor
+    label: torch.Tensor
     keys: list[str]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
@@ -88,6 +90,7 @@ class ClipLoader:
         start: int = 0,
         crop_scales: Sequence[float] = (1.0, 0.8),
         flip: bool = True,
+        stride: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         """
@@ -97,6 +100,7 @@ class ClipLoader:
             seed: decides order, frames, crops and flips in training; without effect in evaluation.
             workers: processes that decode; 0 decodes in this one. start: global batches already consumed.
             crop_scales, flip: see `vidla.sampling`; training only.
+            stride: of dense sampling, in stored frames; None is segment sampling.
             device: where the batches' tensors shall lie. On a GPU they travel as uint8, pinned, and become float there.
         """
         if min(frames, image_size, batch_size, world_size) < 1 or min(workers, start) < 0 or not 0 <= rank < world_size:
@@ -106,7 +110,7 @@ class ClipLoader:
             )
         self.shards, self.seed, self.train, self.start, self.workers = shards, seed, train, start, workers
         self.batch_size, self.rank, self.world_size, self.device = batch_size, rank, world_size, torch.device(device)
-        self.clips = _Clips(shards, tokenizer, seed, frames, image_size, train, tuple(crop_scales), flip)
+        self.clips = _Clips(shards, tokenizer, seed, frames, image_size, train, tuple(crop_scales), flip, stride)
 
     @property
     def global_batch_size(self) -> int:
@@ -201,6 +205,7 @@ class _Clips(Dataset):
         train: bool,
         crop_scales: tuple[float, ...],
         flip: bool,
+        stride: int | None,
     ) -> None:
         self.shards, self.tokenizer, self.seed, self.image_size = shards, tokenizer, seed, image_size
         self.view_options: dict[str, Any] = {
@@ -208,6 +213,7 @@ class _Clips(Dataset):
             "mode": "train" if train else "eval",
             "crop_scales": crop_scales,
             "flip": flip,
+            "stride": stride,
         }
 
     def __getitems__(self, samples: list[tuple[int, int]]) -> dict[str, Any]:
@@ -226,6 +232,7 @@ class _Clips(Dataset):
             "has_subtitle": torch.tensor([meta.subtitle is not None for meta in metas]),
             "source": torch.from_numpy(self.shards.source_ids[indices]),
             "index": torch.from_numpy(indices),
+            "label": torch.tensor([meta.label for meta in metas]),
             "keys": [meta.key for meta in metas],
         }
 

@@ -73,9 +73,11 @@ class VidLA(
         joint: every token attends to every token, instead of hierarchical attention (ablation).
         image_size: pixels of a frame's side, instead of the config's.
         checkpoint_activations: keep only the blocks' inputs for the backward: less memory, a third more work.
+        classes: of a linear head on the video embedding; 0 is no head.
 
     Attributes:
         visual, text: the towers.
+        head: (E -> classes), starts at zero; None without classes.
         logit_scale: 0-d parameter, the logarithm of the factor on similarities (one over the paper's tau).
         layout: the video tower's `TokenLayout`.
         context_length: L, tokens of a text.
@@ -100,6 +102,7 @@ class VidLA(
         joint: bool = False,
         image_size: int | None = None,
         checkpoint_activations: bool = False,
+        classes: int = 0,
     ) -> None:
         super().__init__()
         known = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text"}  # custom_text: how open_clip nests names
@@ -119,6 +122,7 @@ class VidLA(
             backend=backend,
             joint=joint,
             checkpoint_activations=checkpoint_activations,
+            classes=classes,
         )
         # What save_pretrained writes as config.json: not how a machine computes, which the next one may do otherwise.
         self._hub_mixin_config = {k: v for k, v in self.config.items() if k not in ("backend", "checkpoint_activations")}
@@ -141,6 +145,10 @@ class VidLA(
         )
         self.text = TextTower(model_cfg["text_cfg"], embed_dim, quick_gelu, checkpoint_activations=checkpoint_activations)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.head = nn.Linear(embed_dim, classes) if classes else None
+        if self.head is not None:
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
         self.layout = self.visual.layout
         self.context_length = self.text.context_length
 
@@ -154,12 +162,23 @@ class VidLA(
         features = self.text(tokens)
         return F.normalize(features, dim=-1) if normalize else features
 
+    def classify(self, video: torch.Tensor) -> torch.Tensor:
+        """Video (B, T, 3, h, w) -> logits (B, classes). Raises: ValueError where the model has no head."""
+        if self.head is None:
+            raise ValueError("this model has no head: create it with classes=N")
+        features = self.encode_video(video)
+        with torch.autocast(features.device.type, enabled=False):  # as the loss compares features: bf16 would make ties
+            return self.head(features.to(self.head.weight.dtype))
+
     def forward(self, video: torch.Tensor, *texts: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Features of a batch for the loss: the video's, then each text's, (B, E) and not normalised.
 
         One call for all of them, because DDP and FSDP prepare gradients in a module's own forward. The texts (caption
-        and subtitle) go through the tower as one batch, so they must be of one length.
+        and subtitle) go through the tower as one batch, so they must be of one length. A model with a head and no text
+        to encode gives the logits (B, classes) of `classify` instead.
         """
+        if self.head is not None and not texts:
+            return (self.classify(video),)
         encoded = self.encode_text(torch.cat(texts)).split([len(tokens) for tokens in texts]) if texts else ()
         return self.encode_video(video), *encoded
 
@@ -220,6 +239,7 @@ def create_model(
     joint: bool = False,
     image_size: int | None = None,
     checkpoint_activations: bool = False,
+    classes: int = 0,
     strict: bool = True,
 ) -> VidLA:
     """Create a model, with random weights or a checkpoint's, on the CPU in float32.
@@ -231,7 +251,7 @@ def create_model(
             trained with, that wins over the name's (docs/decisions.md, 6). Position embeddings are interpolated to
             `image_size` and `frames`.
         frames, levels, tokens_per_level, temporal_scale, tube, patches_see_cls, backend, joint, image_size,
-        checkpoint_activations: as in `VidLA`.
+        checkpoint_activations, classes: as in `VidLA`.
         strict: a checkpoint that lacks a weight of the model, or has one too many, is an error. Otherwise it is a line in
             the report, and the model keeps its random weight.
 
@@ -263,6 +283,7 @@ def create_model(
         joint=joint,
         image_size=image_size,
         checkpoint_activations=checkpoint_activations,
+        classes=classes,
     )
     if checkpoint is not None:
         model.load_report = load_checkpoint(model, checkpoint, strict=strict)

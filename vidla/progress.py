@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-TENSORBOARD = ("loss", "grad_norm", "lr", "logit_scale", "clips_per_s", "data_wait", "tflops_per_s")
+TENSORBOARD = ("loss", "grad_norm", "lr", "logit_scale", "clips_per_s", "data_wait", "tflops_per_s", "top1", "top5")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

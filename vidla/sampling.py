@@ -21,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 
-__all__ = ["View", "choose_frames", "choose_view", "crop_box", "generator", "global_batch", "order"]
+__all__ = ["View", "choose_frames", "choose_view", "crop_box", "dense_frames", "generator", "global_batch", "order"]
 
 ORDER, VIEW, DATA = range(3)  # the purposes: one stream of random numbers for each
 Mode = Literal["train", "eval"]
@@ -75,6 +75,22 @@ def choose_frames(stored: int, frames: int, mode: Mode, rng: np.random.Generator
     return np.minimum(chosen, stored - 1)  # rounding up to `stored` itself is possible
 
 
+def dense_frames(stored: int, frames: int, stride: int, mode: Mode, rng: np.random.Generator | None = None) -> np.ndarray:
+    """Dense sampling, SlowFast's (paper, appendix A.3): every `stride`-th stored frame of a window within the clip.
+
+    Args:
+        stored: frames the clip has. frames: T, frames wanted. stride: stored frames from one to the next.
+        mode: "train" draws the window's place, "eval" takes the centre.
+        rng: needed for "train" only.
+    Returns: (T,) int64, never decreasing. Where the clip is shorter than the window, its last frame repeats.
+    """
+    if min(stored, frames, stride) < 1:
+        raise ValueError(f"need stored, frames and stride >= 1, not {stored=}, {frames=}, {stride=}")
+    spare = max(0, stored - (frames - 1) * stride - 1)
+    start = int(_rng(rng, "train").integers(spare + 1)) if mode == "train" else spare // 2
+    return np.minimum(start + stride * np.arange(frames), stored - 1)
+
+
 def crop_box(
     width: int, height: int, mode: Mode, rng: np.random.Generator | None = None, scales: Sequence[float] = (1.0, 0.8)
 ) -> tuple[int, int, int]:
@@ -116,10 +132,14 @@ def choose_view(
     mode: Mode,
     crop_scales: Sequence[float] = (1.0, 0.8),
     flip: bool = True,
+    stride: int | None = None,
 ) -> View:
-    """The view of clip `index` in `epoch`. Never flipped in "eval"; in "train" with probability 1/2 where `flip` is on."""
+    """The view of clip `index` in `epoch`: dense sampling where there is a `stride`, segment sampling where it is None.
+
+    Never flipped in "eval"; in "train" with probability 1/2 where `flip` is on.
+    """
     rng = generator(seed, VIEW, epoch, index) if mode == "train" else None
-    chosen = choose_frames(stored, frames, mode, rng)
+    chosen = choose_frames(stored, frames, mode, rng) if stride is None else dense_frames(stored, frames, stride, mode, rng)
     box = crop_box(width, height, mode, rng, crop_scales)
     mirrored = rng is not None and flip and bool(rng.random() < 0.5)  # drawn last: `flip` changes no other choice
     return View(tuple(chosen.tolist()), box, mirrored)

@@ -69,6 +69,12 @@ class ClipMeta:
         """Seconds."""
         return self.end - self.start
 
+    @property
+    def label(self) -> int:
+        """The clip's class, extra["label"]; -1 where that is not there or no int64 from 0."""
+        label = self.extra.get("label")
+        return label if type(label) is int and 0 <= label < 2**63 else -1
+
 
 # ---- The schema ------------------------------------------------------------------------------------------------
 
@@ -428,6 +434,15 @@ class ShardSet:
         self._check_number(i)
         tar = str(self.shards[self._shard_of[i]])
         return _decode_meta(self._read(i, 0), self.keys[i], int(self.frame_counts[i]), tar)
+
+    def check_labels(self, classes: int) -> None:
+        """Read every clip's JSON. Raises: ShardError for the first clip without a label from 0 to `classes` - 1."""
+        for i, meta in enumerate(self):
+            if not 0 <= meta.label < classes:
+                found = repr(meta.extra["label"]) if "label" in meta.extra else "missing"
+                raise ShardError(
+                    f"{self.where(i)}: 'label' in field 'extra' is {found}; legal: an integer from 0 to {classes - 1}"
+                )
 
     def frames(self, i: int, indices: Sequence[int]) -> list[bytes]:
         """The JPEG bytes of some frames of clip i, in the order asked; a frame asked for twice in a row is read once."""

@@ -105,12 +105,11 @@ def train(config: Config, ranks: Ranks) -> int:
     """The whole run; returns the exit code (0, or 128 + the number of the signal that stopped it)."""
     import torch
 
-    from . import checkpoint
+    from . import checkpoint, classification, retrieval
     from .loader import ClipLoader
     from .model import create_model
     from .optim import create_optimizer, learning_rate, set_learning_rate
     from .progress import RunLog
-    from .retrieval import evaluate
     from .tokenizer import get_tokenizer
 
     device, output = ranks.device, Path(config.output)
@@ -128,6 +127,10 @@ def train(config: Config, ranks: Ranks) -> int:
         bare = create_model(config.model.name, starting_weights(config.model.pretrained), **layout).to(device)
         tokenizer = get_tokenizer(config.model.name)
     check_backend(config, bare, device, torch.bfloat16 if bf16 else torch.float32)
+    add_gradient, evaluate = backward, retrieval.evaluate
+    if config.model.classes:
+        add_gradient, evaluate = classification.backward, classification.evaluate
+        classification.freeze_texts(bare)
     optimizer = create_optimizer(bare, config.optim)
     who = identity(config) | {"data.train's content": train_set.fingerprint, "data.test's content": test_set.fingerprint}
     resumed = checkpoint_to_resume(config)
@@ -137,6 +140,7 @@ def train(config: Config, ranks: Ranks) -> int:
     model = torch.nn.parallel.DistributedDataParallel(bare) if ranks.world_size > 1 else bare
 
     clips = dict(frames=config.model.frames, image_size=bare.visual.image_size, workers=config.data.workers, device=device)
+    clips |= dict(stride=config.data.stride if config.data.sampling == "dense" else None)
     augment = dict(crop_scales=config.data.crop_scales, flip=config.data.flip, seed=config.seed, start=start)
     whose = dict(rank=ranks.rank, world_size=ranks.world_size)
     loader = ClipLoader(train_set, tokenizer, train=True, batch_size=share, **clips, **augment, **whose)
@@ -157,7 +161,7 @@ def train(config: Config, ranks: Ranks) -> int:
             rate = learning_rate(step, steps, config.optim)
             set_learning_rate(optimizer, rate)
             optimizer.zero_grad(set_to_none=True)
-            loss = backward(model, batch, config.run.micro_batch or share, autocast)
+            loss = add_gradient(model, batch, config.run.micro_batch or share, autocast)
             norm = torch.nn.utils.clip_grad_norm_(bare.parameters(), config.optim.clip)
             loss, norm, scale = torch.stack([loss, norm, bare.logit_scale.detach().exp()]).tolist()  # waits for the GPU
             if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -194,10 +198,16 @@ def train(config: Config, ranks: Ranks) -> int:
                     log.say(f"stopped by {signal.Signals(stopped).name} after step {done}: the same command goes on from here")
                 return 128 + stopped
 
-    if ranks.is_main:
+    if ranks.is_main and not config.model.classes:
         print(
             f"final: step={record['step']} loss={record['loss']:.4f} t2v_R@1={record['t2v_R@1']:.4f} "
             f"v2t_R@1={record['v2t_R@1']:.4f} chance={record['chance']:.4f}",
+            flush=True,
+        )
+    elif ranks.is_main:
+        print(
+            f"final: step={record['step']} loss={record['loss']:.4f} top1={record['top1']:.4f} "
+            f"top5={record['top5']:.4f} chance={record['chance']:.4f}",
             flush=True,
         )
     ranks.barrier()  # the others wait for the evaluation, or torchrun would take their leaving for a failure
@@ -219,7 +229,10 @@ def open_data(config: Config, ranks: Ranks) -> tuple[ShardSet, ShardSet]:
         folders = [str(made) if name == "digits" else name for name, made in zip(folders, digits, strict=True)]
     with usage_errors():
         train_set, test_set = (ShardSet(folder) for folder in folders)
-        if not test_set.has_caption.any():
+        if config.model.classes:
+            for clips in (train_set, test_set):
+                clips.check_labels(config.model.classes)
+        elif not test_set.has_caption.any():
             raise UsageError(f"{folders[1]}: no held-out clip has a caption: retrieval needs them; give another --data.test")
     return train_set, test_set
 
@@ -298,7 +311,9 @@ def forward_flops(model: VidLA) -> float:
         size, frames = copy.visual.image_size, copy.layout.frames
         video, texts = torch.zeros(1, frames, 3, size, size), torch.zeros(2, copy.context_length, dtype=torch.int64)
         with FlopCounterMode(display=False) as counter:
-            copy(video, texts)
+            copy.encode_video(video)
+            if copy.head is None:  # classification encodes no text
+                copy.encode_text(texts)
     return float(counter.get_total_flops())
 
 

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 CONFIG_KEY = "vidla_config"  # in the header of a VidLA safetensors file: the model's config as JSON
 
+HEAD = "head."
 SPATIAL, TEMPORAL, MST = "visual.positional_embedding", "visual.temporal_embedding", "visual.mst_embedding"
 ACTIVATION = {True: "QuickGELU", False: "GELU"}  # by the config's quick_gelu
 _TEXT_KEYS = ("positional_embedding", "text_projection", "token_embedding.", "transformer.", "ln_final.")
@@ -243,7 +244,10 @@ def load_checkpoint(model: VidLA, checkpoint: Checkpoint, strict: bool = True) -
 
 
 def _how_new(key: str, kind: str) -> str | None:
-    """How a weight starts that only VidLA has, when the checkpoint is CLIP's. None: it should have been there."""
+    """How a weight starts that the checkpoint cannot have: VidLA's own in CLIP's, a classifier's head in both. None: it
+    should have been there."""
+    if key.startswith(HEAD):
+        return "zeros"
     if kind == "VidLA":
         return None
     if key == TEMPORAL:
@@ -297,6 +301,8 @@ def _check_shapes(tensors: dict[str, torch.Tensor], own: dict[str, torch.Tensor]
             f"{shapes}: MST tokens have a meaning by level and are not resized. "
             f"Create the model with levels={levels}, tokens_per_level={tokens}"
         )
+    if key.startswith(HEAD):
+        raise ValueError(f"{shapes}: the head is for other classes. Create the model with classes={len(tensors[key])}")
     raise ValueError(f"{shapes} ({len(bad)} such weights): create the model by the name these weights belong to")
 
 
@@ -309,6 +315,8 @@ def _mismatch(checkpoint: Checkpoint, missing: list[str], unexpected: list[str])
     config = checkpoint.config
     if config and any(part in key for key in missing + unexpected for part in (".tube_attn.", MST)):
         advice = f"it was trained with tube={config['tube']}, levels={config['levels']}: create the model so"
+    elif any(key.startswith(HEAD) for key in unexpected):
+        advice = f"it has a head: create the model with classes={config['classes'] if config else 'N'}"
     else:
         advice = "create the model by the name these weights belong to"
     return "; ".join(parts) + f". {advice[0].upper()}{advice[1:]}, or load what fits with strict=False"

@@ -64,6 +64,10 @@ def test_steps_and_epochs():
         (["--seed", "-1"], "--seed"),
         (["--data.batch-size", "1"], "--data.batch-size"),
         (["--data.crop-scales", "1.5"], "--data.crop-scales"),
+        (["--data.sampling", "thin"], "'dense'"),
+        (["--data.stride", "2"], "--data.sampling dense"),
+        (["--data.stride", "0"], "--data.stride"),
+        (["--model.classes", "1"], "--model.classes"),
         (["--optim.lr-end", "1"], "--optim.lr-end"),
         (["--optim.lr", "nan"], "--optim.lr"),
         (["--run.keep", "0"], "--run.keep"),
@@ -131,6 +135,19 @@ def test_retrieval_recipes_hold_the_papers_numbers(name: str, steps: int):
     assert (c.steps, c.data.batch_size, c.model.frames, c.optim.weight_decay) == (steps, 196 if b16 else 128, 32, 0.2)
     assert (c.optim.lr, c.optim.lr_end, c.data.crop_scales, c.data.flip) == (1e-5, 1e-6, (), False)
     assert c.model.name == ("ViT-B-16-quickgelu" if b16 else "ViT-B-32-quickgelu")
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "batch", "classes"),
+    # paper, appendix A.3
+    [("k400-b32", 100, 512, 400), ("k400-b16", 75, 512, 400), ("ssv2-b32", 40, 1024, 174), ("ssv2-b16", 40, 512, 174)],
+)
+def test_classification_recipes_hold_the_papers_numbers(name: str, epochs: int, batch: int, classes: int):
+    c = load(["--recipe", f"finetune-classification-{name}"])
+    assert (c.epochs, c.data.batch_size, c.model.frames, c.model.classes) == (epochs, batch, 16, classes)
+    assert c.data.sampling == ("dense" if name.startswith("k400") else "segment")
+    assert c.data.flip == name.startswith("k400")
+    assert c.model.name == ("ViT-B-16-quickgelu" if name.endswith("b16") else "ViT-B-32-quickgelu")
 
 
 @pytest.mark.parametrize(("name", "model"), [("b32", "ViT-B-32"), ("b16", "ViT-B-16"), ("l14", "ViT-L-14")])

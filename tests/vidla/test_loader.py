@@ -14,6 +14,7 @@ from vidla.loader import Batch, ClipLoader, decode_clip, normalise
 from vidla.shards import ClipMeta, ShardError, ShardSet, ShardWriter
 
 T, SIZE = 4, 16
+LABELS = ({"label": 7}, {}, {"label": "jump"})  # a run without classes may have anything there
 
 
 def tokenizer(texts: list[str]) -> torch.Tensor:
@@ -37,7 +38,9 @@ def write(folder, clips: int = 23, width: int = 28, height: int = 20):
                 jpegs.append(file.getvalue())
             texts = (None if number % 4 == 1 else f"caption {number}", None if number % 4 == 2 else f"speech {number}")
             times = tuple(map(float, range(count)))
-            meta = ClipMeta(f"k{number}", *texts, f"v{number // 3}", 0.0, float(count), times, width, height, "short")
+            meta = ClipMeta(
+                f"k{number}", *texts, f"v{number // 3}", 0.0, float(count), times, width, height, "short", LABELS[number % 3]
+            )
             writer.write(meta, jpegs)
     return ShardSet(folder)
 
@@ -81,6 +84,7 @@ def test_fields(shards, seed):
         assert batch.caption.shape == batch.subtitle.shape == (6, 12)
         numbers = [int(key[1:]) for key in batch.keys]
         assert batch.index.tolist() == numbers
+        assert (batch.label.dtype, batch.label.tolist()) == (torch.int64, [-1 if n % 3 else 7 for n in numbers])
         assert batch.has_caption.tolist() == [n % 4 != 1 for n in numbers]
         assert batch.has_subtitle.tolist() == [n % 4 != 2 for n in numbers]
         assert torch.equal(batch.caption, tokenizer([f"caption {n}" if n % 4 != 1 else "" for n in numbers]))
@@ -151,6 +155,16 @@ def test_pixels_are_the_pictures(shards):
             wanted = torch.from_numpy(wanted[:, :, 4:24]).permute(0, 3, 1, 2)
             difference = (video - normalise(wanted)).abs().mean()
             assert difference < 0.1, number  # a wrong frame or a mirrored one is off by about 1
+
+
+def test_dense_sampling_reads_its_window(shards):
+    """Clips of two to six frames, four wanted: a neighbour each, never the far ones of segment sampling."""
+    (batch,) = make(shards, train=False, batch_size=23, image_size=20, stride=1)
+    (segments,) = make(shards, train=False, batch_size=23, image_size=20)
+    for number, video, other in zip(batch.index.tolist(), batch.video, segments.video, strict=True):
+        view = sampling.View(tuple(sampling.dense_frames(2 + number % 5, T, 1, "eval")), (4, 0, 20), False)
+        assert torch.equal(video, normalise(decode_clip(shards, number, shards.meta(number), view, 20)))
+        assert torch.equal(video, other) == (number % 5 == 2), number  # four frames of four
 
 
 def test_crop_flip_and_scale(shards):

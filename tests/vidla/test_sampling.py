@@ -61,6 +61,21 @@ def test_golden_frames():
     assert sampling.choose_frames(9, 1, "eval").tolist() == [4]
 
 
+def test_dense_frames():
+    def dense(stored, frames, stride, mode="eval", rng=None):
+        return sampling.dense_frames(stored, frames, stride, mode, rng).tolist()
+
+    assert dense(12, 4, 2) == [2, 4, 6, 8]
+    assert dense(7, 4, 2) == [0, 2, 4, 6]
+    assert dense(5, 4, 2) == [0, 2, 4, 4]
+    assert dense(1, 3, 4) == [0, 0, 0]
+    assert dense(9, 1, 3) == [4]
+    rng = sampling.generator(7, sampling.VIEW)
+    windows = Counter(tuple(dense(12, 4, 2, "train", rng)) for _ in range(3000))
+    assert set(windows) == {(s, s + 2, s + 4, s + 6) for s in range(6)}  # the last window ends at the last frame
+    assert min(windows.values()) > 400  # of 500 expected: five standard deviations
+
+
 def test_training_reaches_every_frame_evenly():
     rng = sampling.generator(7, sampling.VIEW)
     chosen = np.stack([sampling.choose_frames(12, 4, "train", rng) for _ in range(3000)])
@@ -97,6 +112,10 @@ def test_view_is_pure_and_fresh_every_epoch():
     assert {view.flip for view in views} == {True, False}
     unflipped = [sampling.choose_view(1, e, i, **options, flip=False) for e in range(8) for i in range(8)]
     assert [(v.frames, v.box, False) for v in views] == [(v.frames, v.box, v.flip) for v in unflipped]
+    window = [sampling.choose_view(1, e, i, **options, stride=3) for e in range(8) for i in range(8)]
+    assert window == [sampling.choose_view(1, e, i, **options, stride=3) for e in range(8) for i in range(8)]
+    assert all((np.diff(view.frames) == 3).all() for view in window)
+    assert len({view.frames for view in window}) > 8
     still = {sampling.choose_view(seed, 0, 0, **{**options, "mode": "eval"}) for seed in range(5)}
     assert still == {sampling.View((2, 7, 12, 17, 22, 27), (15, 0, 60), False)}
 
@@ -106,6 +125,7 @@ def test_view_is_pure_and_fresh_every_epoch():
     [
         (lambda: sampling.choose_frames(0, 4, "eval"), "at least one frame"),
         (lambda: sampling.choose_frames(4, 4, "train"), "pass rng"),
+        (lambda: sampling.dense_frames(4, 4, 0, "eval"), "stride >= 1"),
         (lambda: sampling.crop_box(4, 4, "train", np.random.default_rng(0), (1.2,)), r"\(0, 1\]"),
         (lambda: sampling.global_batch(0, 0, 4, 0), "n >= 1"),
         (lambda: sampling.generator(-1, 0), ">= 0"),

@@ -47,7 +47,7 @@ def random_batch(size: int) -> Batch:
     has[:, 3:6] = False  # a micro-batch of three without any text
     keys = [f"k{i}" for i in range(size)]
     source = torch.tensor([0, 1, 1, *range(2, size - 1)])
-    return Batch(torch.randn(size, 4, 3, 32, 32), *texts, *has, source, torch.arange(size), keys)
+    return Batch(torch.randn(size, 4, 3, 32, 32), *texts, *has, source, torch.arange(size), torch.arange(size) % 3, keys)
 
 
 def gradients(model, batch: Batch, micro_batch: int) -> tuple[float, dict[str, torch.Tensor]]:
