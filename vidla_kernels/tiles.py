@@ -55,8 +55,12 @@ _ROWS: dict[tuple[str, tuple[int, ...], str, tuple[int, ...]], tuple[Tile, ...]]
     # Long tubes, the largest tiles without spills: 64 keys spill at D=80 (forward) and D=64 (keys) on sm_80.
     ("tube_forward_long", (80, 90), "half", HEAD_DIMS): (Tile(64, 32, 4),),
     ("tube_backward_queries", (80, 90), "half", HEAD_DIMS): (Tile(64, 32, 4),),
-    ("tube_backward_keys", (80, 90), "half", HEAD_DIMS): (Tile(32, 32, 4),),
-    ("tube_forward_long", (80, 90), "fp32", HEAD_DIMS): (Tile(16, 16, 4),),
+    ("tube_backward_keys", (80,), "half", HEAD_DIMS): (Tile(32, 32, 4),),
+    ("tube_backward_keys", (90,), "half", (32,)): (Tile(64, 32, 4),),  # with Triton 3.9, 8 bytes of 32 rows spill
+    ("tube_backward_keys", (90,), "half", (64, 80, 96, 128)): (Tile(32, 32, 4),),
+    ("tube_forward_long", (80,), "fp32", HEAD_DIMS): (Tile(16, 16, 4),),
+    ("tube_forward_long", (90,), "fp32", (32, 64, 80, 96)): (Tile(16, 16, 4),),
+    ("tube_forward_long", (90,), "fp32", (128,)): (Tile(32, 16, 8),),  # of 16 rows 8 bytes spill with Triton 3.8 or 3.9
     ("tube_backward_queries", (80, 90), "fp32", (32, 64, 80, 96)): (Tile(16, 16, 4),),
     ("tube_backward_queries", (80, 90), "fp32", (128,)): (Tile(16, 16, 8),),  # over 4 warps 200 bytes spill
     ("tube_backward_keys", (80, 90), "fp32", HEAD_DIMS): (Tile(16, 16, 8),),  # over 4 warps 8 bytes spill at D=80 and 128

@@ -328,7 +328,7 @@ def _dq_kernel(
     b_do = _load(p_do, o_out, sees, D, BD)
     delta = tl.sum(b_do.to(tl.float32) * _load(p_out, o_out, sees, D, BD).to(tl.float32), 1)
     # All summary rows see frame 0, which owns their delta.
-    tl.store(p_delta + i_bh * S + token, delta, mask=(r < N) | (sees & (f == 0)))
+    tl.store(p_delta + i_bh * S + token, delta, mask=tl.where(f == 0, (r < N) | sees, r < N))
     # A row that does not see the frame gets P = exp2(score - lse) = 0 and so adds nothing.
     lse = tl.load(p_lse + i_bh * S + token, mask=sees, other=-common.HIDDEN)
     dq = tl.zeros([ROWS, BD], tl.float32)

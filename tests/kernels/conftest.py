@@ -1,22 +1,27 @@
 """Uninitialised memory that the kernels ask for holds NaN, so a row that nobody wrote fails every comparison."""
 
-import sys
-
 import pytest
 import torch
+
+from vidla_kernels import triton_hierarchical, triton_tube
+
+
+class PoisonedTorch:
+    """torch, but what `empty` returns is NaN throughout.
+
+    It stands in for `torch` in the kernels' modules alone. (A patched torch.empty would also be what torch itself
+    remembers as a constructor, and `with torch.device(...)` would miss the real one for the rest of the process.)
+    """
+
+    def __getattr__(self, name: str):
+        return getattr(torch, name)
+
+    def empty(self, *args, **kwargs) -> torch.Tensor:
+        tensor = torch.empty(*args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() and not tensor.is_meta else tensor
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    def poisoned(allocate):
-        def wrapper(*args, **kwargs):
-            tensor = allocate(*args, **kwargs)
-            caller = sys._getframe(1).f_globals.get("__name__", "")
-            if caller.startswith("vidla_kernels") and tensor.is_floating_point() and not tensor.is_meta:
-                tensor.fill_(float("nan"))
-            return tensor
-
-        return wrapper
-
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+    for module in (triton_tube, triton_hierarchical):
+        monkeypatch.setattr(module, "torch", PoisonedTorch())
