@@ -229,7 +229,11 @@ def to_toml(config: Config) -> str:
 
 def identity(config: Config) -> dict[str, Any]:
     """The fields that decide the run's numbers, by dotted name, as plain values (lists, not tuples)."""
-    return dict(_walk(config))
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, field, value in _leaves(config)
+        if not field.metadata.get("performance")
+    }
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -241,13 +245,19 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
-def _walk(node: Any, prefix: str = "") -> typing.Iterator[tuple[str, Any]]:
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, dc.Field, Any]]:
+    """Every option of a config: its dotted name, its field, its value."""
     for field in dc.fields(node):
         value = getattr(node, field.name)
         if dc.is_dataclass(value):
-            yield from _walk(value, f"{prefix}{field.name}.")
-        elif not field.metadata.get("performance"):
-            yield prefix + field.name, list(value) if isinstance(value, tuple) else value
+            yield from _leaves(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, field, value
+
+
+def _option(name: str) -> str:
+    """An option's name on the command line, from its dotted name."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _recipe_argument(argv: list[str]) -> str:
@@ -307,14 +317,8 @@ def _command_line(argv: list[str], defaults: Config) -> Config:
     return config
 
 
-def _options(node: Any, prefix: str = "--") -> list[str]:
-    out = []
-    for field in dc.fields(node):
-        value = getattr(node, field.name)
-        out += (
-            _options(value, f"{prefix}{field.name}.") if dc.is_dataclass(value) else [f"{prefix}{field.name.replace('_', '-')}"]
-        )
-    return out
+def _options(config: Config) -> list[str]:
+    return [_option(name) for name, *_ in _leaves(config)]
 
 
 def _one_line(box: str) -> str:
@@ -359,17 +363,6 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
-def _walk_numbers(node: Any, prefix: str = "--") -> Iterator[tuple[str, float]]:
-    """Every option that is a number, by its name on the command line."""
-    for field in dc.fields(node):
-        value, name = getattr(node, field.name), f"{prefix}{field.name.replace('_', '-')}"
-        if dc.is_dataclass(value):
-            yield from _walk_numbers(value, f"{name}.")
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, float):
-                yield name, number
-
-
 def _check(config: Config) -> None:
     """Refuse values no run can have, each with the option's name."""
 
@@ -378,8 +371,10 @@ def _check(config: Config) -> None:
             raise UsageError(sentence)
 
     optim, data, run = config.optim, config.data, config.run
-    for name, value in _walk_numbers(config):
-        need(math.isfinite(value), f"{name} must be a finite number, not {value}")
+    for name, _, value in _leaves(config):
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float):
+                need(math.isfinite(number), f"{_option(name)} must be a finite number, not {number}")
     need(not (config.steps and config.epochs), "give --steps or --epochs, not both")
     need(config.steps >= 0 and config.epochs >= 0, "--steps and --epochs must not be negative")
     need(bool(config.steps or config.epochs), "give --steps N or --epochs N: the run has no length")
