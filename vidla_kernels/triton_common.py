@@ -23,12 +23,12 @@ HIDDEN = tl.constexpr(-1.0e30)
 
 
 @triton.jit
-def dot(a, b):
-    """a @ b in fp32, with fp32 operands at full precision."""
+def dot(a, b, PRECISION: tl.constexpr = "ieee"):
+    """a @ b in fp32. PRECISION is that of fp32 operands, from `precision`; 16-bit operands are exact."""
     if INTERPRET:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
+    return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
@@ -40,6 +40,11 @@ def to(x, dtype: tl.constexpr):
             # Low bits cleared, or the interpreter makes 1.2e-38, the smallest normal number, of a zero that gained some.
             x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return x.to(dtype)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How kernels multiply: "tf32" for float32 where torch's own matmuls would (`torch.set_float32_matmul_precision`)."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
