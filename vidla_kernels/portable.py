@@ -1,11 +1,8 @@
 """Both attentions in plain torch operations: any device, any dtype, no dense mask, memory linear in T.
 
 The default on a CPU, the fallback on a GPU without Triton, and a baseline for the kernels. Nothing here is registered with
-torch.library: autograd, autocast and torch.compile see ordinary operations.
-
-Measured choices (2 cores, float32, forward and backward): one attention call a frame, on views, beats one batched call
-over copies that repeat the MST for every frame (B/16, one clip: 74 ms against 117; B/32, four clips: 50 against 74; dense
-masked attention: 640 and 171).
+torch.library: autograd, autocast and torch.compile see ordinary operations. On a CPU, where nothing is compiled, the work is
+done by portable_cpu.py, which writes the backward out.
 """
 
 from __future__ import annotations
@@ -13,11 +10,19 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from . import portable_cpu
 from .layout import TokenLayout
+
+
+def _by_hand(qkv: torch.Tensor) -> bool:
+    """Whether portable_cpu serves this call. Compiled, torch fuses the copies that it avoids, and would unroll its loops."""
+    return qkv.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def tube(qkv: torch.Tensor, layout: TokenLayout, scale: float) -> torch.Tensor:
     """Tube attention, paper equation 1 without norm, projections and residual. (B, T*N, 3, H, D) -> (B, T*N, H, D)."""
+    if _by_hand(qkv):
+        return portable_cpu.tube(qkv, layout, scale)
     B, _, _, H, D = qkv.shape
     T, N = layout.frames, layout.patches
     q, k, v = qkv.view(B, T, N, 3, H, D).unbind(3)  # (B, T, N, H, D)
@@ -36,6 +41,8 @@ def hierarchical(qkv: torch.Tensor, layout: TokenLayout, scale: float) -> torch.
     G summary rows attend to the whole sequence under their (G, S) mask; each frame's patches attend to the frame's own
     keys followed by the summary keys that patches see, which needs no mask.
     """
+    if _by_hand(qkv):
+        return portable_cpu.hierarchical(qkv, layout, scale)
     T, N, G, S = layout.frames, layout.patches, layout.num_summary, layout.seq_len
     summary, patches = qkv.split([G, T * N], 1)
 

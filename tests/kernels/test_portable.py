@@ -1,4 +1,8 @@
-"""The portable backend's memory: never S*S elements per batch and head, and linear in T."""
+"""The portable backend's memory: never S*S elements per batch and head, and linear in T; and both its forms.
+
+On a CPU test_parity.py meets the form with a backward of its own (portable_cpu.py). The composed form, which serves other
+devices and torch.compile, is compared with the reference here, and so is a cut into portions that leave a remainder.
+"""
 
 import itertools
 import math
@@ -8,9 +12,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from vidla_kernels import TokenLayout
+from vidla_kernels import TokenLayout, portable, portable_cpu
 
-from .cases import OPS
+from .cases import CASES, OPS, Case
+from .test_parity import compare
 
 
 class Largest(TorchDispatchMode):
@@ -54,3 +59,21 @@ def test_memory_is_linear_in_frames(op):
     sizes = [largest(op, TokenLayout(T, 16), "portable", torch.float32) for T in (8, 16, 32)]
     growth = [math.log2(b / a) for a, b in itertools.pairwise(sizes)]
     assert max(growth) < 1.1, f"largest tensors {sizes} for 8, 16, 32 frames"
+
+
+@pytest.mark.parametrize("case", CASES[::3], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_composed_form(op, case, device, seed, monkeypatch):
+    monkeypatch.setattr(portable, "_by_hand", lambda qkv: False)
+    compare(op, "portable", case, device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="portable_cpu serves CPU tensors")
+@pytest.mark.parametrize("rows", [1, 100])
+def test_portions_of_tubes(rows, device, seed, monkeypatch):
+    """One tube at a time; and several, with fewer in the last portion."""
+    case = Case(TokenLayout(5, 23), batch=2, heads=3, head_dim=32, dtype=torch.bfloat16, sliced=True)
+    monkeypatch.setattr(portable_cpu, "_ROWS", rows)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert len(list(portable_cpu._portions(2, 5, 23, 3))) == 2 * -(-23 // max(1, rows // 15))
+    compare("tube", "portable", case, device)
