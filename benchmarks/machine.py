@@ -22,7 +22,7 @@ def describe(device: torch.device) -> dict:
     """The machine as JSON. What cannot be read is None, never guessed."""
     return {
         "device": _gpu(device) if device.type == "cuda" else _cpu(),
-        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()} | _cuda_versions(device),
+        "versions": {name: version(name) for name in PACKAGES} | _versions(device),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -48,10 +48,11 @@ def _cpu() -> dict:
     return {"kind": "cpu", "name": name, "capability": capability, "cores": cores, "threads": torch.get_num_threads()}
 
 
-def _cuda_versions(device: torch.device) -> dict:
-    if device.type != "cuda":
-        return {}
-    return {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+def _versions(device: torch.device) -> dict:
+    of = {"python": platform.python_version(), "torch": torch.__version__}  # with the build, such as +cu130
+    if device.type == "cuda":
+        of |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    return of
 
 
 def load_average() -> float | None:

@@ -59,8 +59,11 @@ class Results:
         return {"version": VERSION, **self.machine, "rates": self.rates, "goals": goals(self), "rows": self.rows}
 
     def write(self, path: Path) -> None:
+        """Whole or not at all: a run may be ended at any moment."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
 
     @classmethod
     def read(cls, path: Path) -> Results:
@@ -72,13 +75,13 @@ class Results:
         results.rates, results.rows = data["rates"], data["rows"]
         return results
 
-    def tables(self) -> list[tuple[str, list[dict]]]:
-        """(title, timed rows, fastest first), in the order of the run."""
+    def timed(self) -> dict[str, list[dict]]:
+        """Title -> timed rows, fastest first, in the order of the run; what grows over T or B is one table."""
         grouped = defaultdict(list)
         for row in self.rows:
             if row["status"] == "timed" and row.get("us"):
                 grouped[title(row)].append(row)
-        return [(name, sorted(rows, key=lambda row: row["us"]["median"])) for name, rows in grouped.items()]
+        return {name: sorted(rows, key=lambda row: row["us"]["median"]) for name, rows in grouped.items()}
 
     def not_timed(self) -> list[str]:
         """One line for each implementation and reason, with where it holds."""
@@ -99,54 +102,61 @@ def _some(titles: list[str]) -> str:
 
 
 def title(row: dict) -> str:
-    shape = row["shape"]
-    dtype = f", {shape['dtype']}"
+    shape, growth = row["shape"], row["group"].removeprefix("growth with ")
     if row["group"] == "step":
-        return f"training step of the vision tower: {shape['name']} B={shape['B']}{dtype}"
+        return f"training step of the vision tower: {shape['name']} B={shape['B']}, {shape['dtype']}"
     what = f"{row['op']} attention, {'forward and backward' if '+' in row['passes'] else 'forward'}"
-    growth = "" if row["group"] == "attention" else f", {row['group']}"
-    return f"{what}{growth}: {shape['name']} B={shape['B']} H={shape['H']} D={shape['D']}{dtype}"
+    name = shape["name"].split(" ")[0] if growth == "T" else shape["name"]
+    sizes = "".join(f" {key}={shape[key]}" for key in ("B", "H", "D") if key != growth)
+    return f"{what}{f' over {growth}' * (growth != row['group'])}: {name}{sizes}, {shape['dtype']}"
 
 
-def headers(rows: list[dict]) -> list[str]:
-    last = ["clips/s"] if rows[0]["group"] == "step" else ["/ tensors"]
-    return ["", "median", "p20", "p80", "x floor", "x best peer", "peak MiB", *last, "launches"]
+def as_text(name: str, rows: list[dict]) -> tuple[str, list[list[str]]]:
+    """One table: its heading, and its cells with the headers first. What was not counted stays empty."""
+    unit = "us" if min(row["us"]["median"] for row in rows) < 1000 else "ms"
+    if rows[0]["group"].startswith("growth"):
+        return f"{name}; median in {unit} (times the floor)", _growth(rows, rows[0]["group"][-1], unit)
+    last = "clips/s" if rows[0]["group"] == "step" else "/ tensors"
+    texts = [["", "median", "p20", "p80", "x floor", "x best peer", "peak MiB", last, "launches"]]
+    for row in rows:
+        times = [_time(row["us"][key], unit) for key in ("median", "p20", "p80")]
+        ratios = [_number(row["x_floor"], 2), _number(row["x_best_peer"], 2), _number(row["peak_bytes"] / 2**20, 1)]
+        per = _number(row["clips_per_s"], 1) if last == "clips/s" else _number(row["x_tensors"], 2)
+        texts.append([_name(row), *times, *ratios, per, "" if row["launches"] is None else str(row["launches"])])
+    floor = "" if rows[0]["floor_us"] is None else f", floor {_time(rows[0]['floor_us'], unit)}"
+    return f"{name}; times in {unit}{floor}", texts
 
 
-def cells(row: dict, unit: str) -> list[str]:
-    """A row as text. What was not counted stays empty."""
-    scale = {"ms": 1e3, "us": 1}[unit]
-    times = [f"{row['us'][key] / scale:,.{2 if unit == 'ms' else 1}f}" for key in ("median", "p20", "p80")]
-    ratios = [_number(row["x_floor"], 2), _number(row["x_best_peer"], 2)]
-    last = _number(row["clips_per_s"], 1) if row["group"] == "step" else _number(row["x_tensors"], 2)
-    memory = _number(row["peak_bytes"] / 2**20, 1)
-    name = row["name"] if not row["ours"] else f"VidLA {row['name']}"
-    return [name, *times, *ratios, memory, last, "" if row["launches"] is None else str(row["launches"])]
+def _growth(rows: list[dict], axis: str, unit: str) -> list[list[str]]:
+    """A column for each T or B, a line for each implementation."""
+    sizes = sorted({row["shape"][axis] for row in rows})
+    texts = [["", *(f"{axis}={size}" for size in sizes)]]
+    for name in dict.fromkeys(_name(row) for row in rows):
+        at = {row["shape"][axis]: row for row in rows if _name(row) == name}
+        cells = (f"{_time(at[s]['us']['median'], unit)} ({_number(at[s]['x_floor'], 1)})" if s in at else "" for s in sizes)
+        texts.append([name, *cells])
+    return texts
+
+
+def _name(row: dict) -> str:
+    return f"VidLA {row['name']}" if row["ours"] else row["name"]
+
+
+def _time(us: float, unit: str) -> str:
+    return f"{us / 1e3:,.2f}" if unit == "ms" else f"{us:,.1f}"
 
 
 def _number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:,.{digits}f}"
 
 
-def unit_of(rows: list[dict]) -> str:
-    return "us" if min(row["us"]["median"] for row in rows) < 1000 else "ms"
-
-
-def heading(name: str, rows: list[dict], unit: str) -> str:
-    floor = rows[0]["floor_us"]
-    if floor is None:
-        return f"{name}; times in {unit}"
-    return f"{name}; times in {unit}, floor {floor / (1e3 if unit == 'ms' else 1):,.{2 if unit == 'ms' else 1}f}"
-
-
 def terminal(results: Results) -> list[str]:
     """Everything, aligned for a terminal."""
     lines = rates_in_words(results)
-    for name, rows in results.tables():
-        unit = unit_of(rows)
-        texts = [headers(rows), *(cells(row, unit) for row in rows)]
+    for name, rows in results.timed().items():
+        heading, texts = as_text(name, rows)
         widths = [max(len(text[i]) for text in texts) for i in range(len(texts[0]))]
-        lines += ["", heading(name, rows, unit)]
+        lines += ["", heading]
         for text in texts:
             aligned = [text[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(text[1:], widths[1:], strict=True)]
             lines.append(("  " + "  ".join(aligned)).rstrip())
@@ -170,13 +180,12 @@ def rates_in_words(results: Results) -> list[str]:
         f"TFLOP/s ({rates['matmul_of']})" + "".join(f", {name} {value}" for name, value in rates["clocks"].items())
     ]
     if rates.get("load_average") is not None and rates["load_average"] > 1.5 * results.machine["device"].get("cores", 1e9):
-        lines.append(f"This machine was busy (load {rates['load_average']}): its times say little.")
-    lines.append(
-        "x floor: median over the least time in which the bytes (a step: the products) fit at these rates. x best peer: median "
-        "over the fastest that is not ours."
-    )
-    counted = "" if results.machine.get("device", {}).get("kind") == "cuda" else " Launches are counted on a GPU only."
-    lines.append(f"/ tensors: all memory at the peak over inputs, output and gradients together.{counted}")
+        lines.append(f"THIS MACHINE WAS BUSY (load {rates['load_average']}): its times say little")
+    lines.append("x floor: median over the least time in which the bytes (of a step: the products) fit at these rates")
+    lines.append("x best peer: median over that of the fastest that is not ours")
+    lines.append("/ tensors: all memory at the peak over inputs, output and gradients together")
+    if results.machine.get("device", {}).get("kind") != "cuda":
+        lines.append("launches: counted on a GPU only")
     return lines
 
 
@@ -191,11 +200,9 @@ def in_words(goal: dict) -> str:
 def markdown(results: Results) -> list[str]:
     """The tables as Markdown."""
     lines = []
-    for name, rows in results.tables():
-        unit = unit_of(rows)
-        lines += ["", f"**{heading(name, rows, unit)}**", ""]
-        head = headers(rows)
-        lines += [_line(head), "|---" + "|---:" * (len(head) - 1) + "|", *(_line(cells(row, unit)) for row in rows)]
+    for name, rows in results.timed().items():
+        heading, (head, *texts) = as_text(name, rows)
+        lines += ["", f"**{heading}**", "", _line(head), "|---" + "|---:" * (len(head) - 1) + "|", *map(_line, texts)]
     if absent := results.not_timed():
         lines += ["", "Not timed:", "", *(f"- {line}" for line in absent)]
     return lines
