@@ -49,7 +49,7 @@ def implementations(sweep: Sweep, device: torch.device, toy: bool = False) -> li
         run = partial(_ours, op=op, backend=name)
         rows.append(Implementation(f"{name} (auto)" if name == auto else name, run, ours=True))
     run = partial(_compiled_portable, op=op)
-    rows.append(Implementation("portable, compiled", run, ours=True, absent=_compiling(sweep, device, toy)))
+    rows.append(Implementation("portable, compiled", run, ours=True, absent=_unrolled(sweep, device, toy)))
     for name, (run, why) in PEERS[op].items():
         rows.append(Implementation(name, run, absent=why(sweep, device, toy)))
     return rows
@@ -113,6 +113,12 @@ def _summary_mask(layout: TokenLayout, device: torch.device) -> torch.Tensor:
 def per_frame(qkv: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
     """Summary rows under their (G, S) mask; all frames in one call, with the MST keys and values repeated beside each."""
     return _per_frame(qkv, _summary_mask(layout, qkv.device), *_sizes(layout))
+
+
+def per_frame_of(layout: TokenLayout, device: torch.device) -> Attention:
+    """`per_frame` with its mask at hand, for use inside a larger graph that is compiled."""
+    mask, sizes = _summary_mask(layout, device), _sizes(layout)
+    return lambda qkv, layout: _per_frame(qkv, mask, *sizes)
 
 
 def per_frame_compiled(qkv: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
@@ -328,6 +334,13 @@ def _compiling(sweep: Sweep, device: torch.device, toy: bool) -> str | None:
     ):
         return "compiling is slow on a CPU: there only forward and backward of B/16 and B/32 T=12"
     return None
+
+
+def _unrolled(sweep: Sweep, device: torch.device, toy: bool) -> str | None:
+    """portable's loop over frames is unrolled by the compiler."""
+    if sweep.shape.layout.frames > 12:
+        return "its loop over frames is unrolled, and compiled at T=12 alone"
+    return _compiling(sweep, device, toy) or _not_in_growth(sweep, device, toy)
 
 
 def _flex(sweep: Sweep, device: torch.device, toy: bool, *, block: int) -> str | None:

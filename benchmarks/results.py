@@ -18,6 +18,7 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
+from .goals import goals
 from .measure import Outcome, percentile
 
 VERSION = 1
@@ -54,8 +55,6 @@ class Results:
             self.rows.append(row)
 
     def to_json(self) -> dict:
-        from .goals import goals
-
         return {"version": VERSION, **self.machine, "rates": self.rates, "goals": goals(self), "rows": self.rows}
 
     def write(self, path: Path) -> None:
@@ -85,20 +84,20 @@ class Results:
 
     def not_timed(self) -> list[str]:
         """One line for each implementation and reason, with where it holds."""
-        where, everywhere = defaultdict(list), defaultdict(set)
+        where, everywhere = defaultdict(set), defaultdict(set)
         for row in self.rows:
             everywhere[row["op"], row["name"]].add(title(row))
             if row["status"] != "timed":
-                where[row["op"], row["name"], row["status"], row["reason"]].append(title(row))
+                where[row["op"], row["name"], row["status"], row["reason"]].add(title(row))
         lines = []
         for (op, name, status, reason), titles in where.items():
-            scope = "" if set(titles) == everywhere[op, name] else f" ({_some(titles)})"
+            scope = "" if titles == everywhere[op, name] else f" ({_some(sorted(titles))})"
             lines.append(f"{op}, {name}: {'WRONG: ' if status == 'red' else ''}{reason}{scope}")
         return lines
 
 
 def _some(titles: list[str]) -> str:
-    return f"{titles[0]}" if len(titles) == 1 else f"{len(titles)} tables"
+    return titles[0] if len(titles) == 1 else f"{len(titles)} tables"
 
 
 def title(row: dict) -> str:
@@ -160,8 +159,6 @@ def terminal(results: Results) -> list[str]:
         for text in texts:
             aligned = [text[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(text[1:], widths[1:], strict=True)]
             lines.append(("  " + "  ".join(aligned)).rstrip())
-    from .goals import goals
-
     held = goals(results)
     if held:
         width = max(len(goal["what"]) for goal in held)

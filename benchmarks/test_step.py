@@ -19,7 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vidla import VidLA, create_model, video
-from vidla_kernels import available_backends
+from vidla_kernels import TokenLayout, available_backends
 
 from . import peers
 from .conftest import BENCH, Bench, record, recorded_time
@@ -65,8 +65,13 @@ class Tower:
     """One row: the model, its optimiser, and its attentions while it runs."""
 
     def __init__(self, model: str, frames: int, device: torch.device, how: dict) -> None:
-        self.device, self.pair = device, how.get("pair")
+        self.device = device
         self.model = create_tower(model, frames, how["backend"], device)
+        tube, hierarchical = how.get("pair") or (None, None)
+        if how.get("compile") and hierarchical is peers.per_frame:
+            hierarchical = peers.per_frame_of(self.model.layout, device)  # its mask is made here, and not in the graph
+        # Made once: compiled code is looked up by the functions that it was made from.
+        self.pair = tuple(partial(_as_ours, function) for function in (tube, hierarchical) if function)
         self.encode = torch.compile(self.model.encode_video) if how.get("compile") else self.model.encode_video
         self.optimizer = torch.optim.AdamW(self.model.visual.parameters(), lr=1e-5, fused=True)
 
@@ -91,12 +96,12 @@ def create_tower(name: str, frames: int, backend: str, device: torch.device) -> 
 
 
 @contextmanager
-def attention(pair: tuple[Callable, Callable] | None) -> Iterator[None]:
-    """The tower's two attentions replaced by a peer's."""
+def attention(pair: tuple[Callable, ...]) -> Iterator[None]:
+    """The tower's two attentions replaced by a peer's; by nothing where `pair` is empty."""
     names = ("tube_attention", "hierarchical_attention")
     ours = [getattr(video, name) for name in names]
-    for name, function in zip(names, pair or (), strict=False):
-        setattr(video, name, partial(_as_ours, function))
+    for name, function in zip(names, pair, strict=False):
+        setattr(video, name, function)
     try:
         yield
     finally:
@@ -104,7 +109,7 @@ def attention(pair: tuple[Callable, Callable] | None) -> Iterator[None]:
             setattr(video, name, function)
 
 
-def _as_ours(function: Callable, qkv: torch.Tensor, layout, *, backend: str) -> torch.Tensor:
+def _as_ours(function: Callable, qkv: torch.Tensor, layout: TokenLayout, *, backend: str) -> torch.Tensor:
     return function(qkv, layout)
 
 
@@ -176,5 +181,5 @@ def forward_flops(model: str, frames: int) -> int:
     return counter.get_total_flops()
 
 
-def _nothing(qkv: torch.Tensor, layout) -> torch.Tensor:
+def _nothing(qkv: torch.Tensor, layout: TokenLayout, *, backend: str) -> torch.Tensor:
     return qkv[:, :, 0]

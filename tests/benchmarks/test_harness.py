@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import time
 import types
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks import conftest, floor, machine, measure, memory, plot, results
+from benchmarks import conftest, floor, machine, measure, memory, plot, results, test_step
 from benchmarks.gate import disagreement
 from benchmarks.goals import FLOOR, goals
 from benchmarks.measure import Candidate, Effort, Outcome, compare
@@ -20,6 +21,7 @@ from benchmarks.shapes import Shape
 from vidla_kernels import TokenLayout
 
 CPU = torch.device("cpu")
+TOWERS = ("B/16", "B/32")
 B16 = Shape("B/16 T=12", TokenLayout(12, 196), 32, 12, torch.bfloat16)
 B32 = Shape("B/32 T=12", TokenLayout(12, 49), 32, 12, torch.bfloat16)
 
@@ -96,6 +98,63 @@ def test_candidates_run_in_turns_and_each_round_begins_with_another():
 def test_long_candidates_get_three_rounds():
     samples = measure.interleaved({"a": lambda: time.sleep(0.01)}, CPU, Effort(rounds=50, warmup=0, seconds=0.001))
     assert len(samples["a"][0]) == 3
+
+
+def test_a_gpu_sample_waits_until_the_call_is_queued(monkeypatch):
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            done.append("event")
+
+        def elapsed_time(self, end):
+            return 3.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append(cycles))
+    sample = measure._GpuSample(torch.device("meta"))
+
+    def call():
+        done.append("call")
+        time.sleep(0.004)
+
+    seconds, host = sample(call)
+    assert seconds == 0.003
+    assert host >= 0.004
+    assert done[1:] == ["event", "call", "event"]
+    done.clear()
+    sample(call)
+    assert done[0] / measure.CYCLES_PER_SECOND > 2 * 0.004
+
+
+def test_a_gpu_is_described_as_far_as_it_can_be_read(monkeypatch):
+    gpu = types.SimpleNamespace(
+        name="NVIDIA H100", major=9, minor=0, total_memory=80 * 2**30, multi_processor_count=132, uuid="ab-cd"
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    asked = []
+
+    def nvidia_smi(command, **options):
+        asked.append(command)
+        fields = command[-2].removeprefix("--query-gpu=").split(",")
+        return types.SimpleNamespace(returncode=0, stdout=", ".join(f"{field} 1" for field in fields) + "\n")
+
+    monkeypatch.setattr(machine.subprocess, "run", nvidia_smi)
+    got = machine._gpu(torch.device("cuda"))
+    assert (got["name"], got["capability"], got["multiprocessors"]) == ("NVIDIA H100", "9.0", 132)
+    assert got["driver"] == "driver_version 1"
+    assert "GPU-ab-cd" in asked[0]
+    assert set(machine.clocks(torch.device("cuda"))) == set(machine.CLOCKS)
+
+    def absent(command, **options):
+        raise FileNotFoundError("nvidia-smi")
+
+    monkeypatch.setattr(machine.subprocess, "run", absent)
+    assert machine._gpu(torch.device("cuda"))["driver"] is None
+    assert machine.clocks(torch.device("cuda")) == {}
 
 
 def test_what_becomes_of_a_candidate():
@@ -263,6 +322,16 @@ def test_goals_of_a_gpu():
     assert all(goal["met"] is None for goal in goals(made_up("cuda", {"per-frame SDPA": 300.0})))
 
 
+def test_the_documented_targets_are_the_goals():
+    text = (machine.ROOT / "docs" / "gpu" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (tube|hierarchical), (forward|forward and backward) \| ([\d.]+) \| ([\d.]+) \|$", text, re.M)
+    words = {"forward": "fwd", "forward and backward": "fwd+bwd"}
+    documented = {
+        (op, tower, words[passes]): float(x) for op, passes, *both in rows for tower, x in zip(TOWERS, both, strict=True)
+    }
+    assert documented == FLOOR
+
+
 def test_drawings_are_made_from_the_file_alone(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     file = tmp_path / "h100.json"
@@ -278,6 +347,18 @@ def test_drawings_are_made_from_the_file_alone(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         plot.main()
     assert stop.value.code == 2
+
+
+def test_a_peers_compiled_tower_is_one_graph():
+    how = test_step.rows(CPU)["einsum and per-frame SDPA, compiled"]
+    tower = test_step.Tower("vidla-tiny", 2, CPU, how)
+    tower.encode = torch.compile(tower.model.encode_video, backend="aot_eager")
+    clips = torch.randn(1, 2, 3, 64, 64)
+    torch._dynamo.utils.counters.clear()
+    for _ in range(3):
+        tower.step(clips)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
 
 
 def test_a_machine_names_itself():
