@@ -208,12 +208,9 @@ def compile_ahead(setting: Setting) -> list[subprocess.Popen]:
     command = [sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-disable", "-q", "-p", "no:cacheprovider"]
     if setting.rehearse:
         command, selections = [*command, "--toy"], ["tube_attention and not growth"]
-    return [
-        subprocess.Popen(
-            [*command, "-k", selected], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        for selected in selections
-    ]
+    options = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "start_new_session": True}
+    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "4"}  # each; the tests beside them want cores too
+    return [subprocess.Popen([*command, "-k", selected], env=environment, **options) for selected in selections]
 
 
 def stop(processes: list[subprocess.Popen]) -> None:

@@ -106,5 +106,6 @@ def title(machine: dict) -> str:
     if device["kind"] == "cuda":
         what = f"{device['name']} (sm_{device['capability'].replace('.', '')}, driver {device['driver'] or 'unknown'})"
     else:
-        what = f"{device['name']}, {device['threads']} threads, {device['capability']}"
+        threads = "1 thread" if device["threads"] == 1 else f"{device['threads']} threads"
+        what = f"{device['name']}, {threads}, {device['capability']}"
     return f"{what}, torch {versions['torch']}, {machine['date']}, commit {machine['commit'] or 'unknown'}"

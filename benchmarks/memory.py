@@ -36,14 +36,15 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
 
 
 def launches(call: Callable[[], object], device: torch.device) -> int | None:
-    """Kernels, copies and fills that `call` starts on a GPU, as the profiler saw them run; None on a CPU."""
+    """Kernels, copies and fills that `call` starts on a GPU, as the profiler saw them run; None on a CPU, and where the
+    profiler may not look (it then sees none)."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
         call()
         torch.cuda.synchronize(device)
-    return count_launches(record.events())
+    return count_launches(record.events()) or None
 
 
 def count_launches(events) -> int:
