@@ -181,7 +181,7 @@ def tune(setting: Setting, seconds: float) -> Done:
     """Measure the shipped shapes' configurations on this GPU; `auto` then takes the best."""
     if importlib.util.find_spec("vidla_kernels.tune") is None:
         return Done(TUNING, "missing", "this version has no vidla_kernels.tune")
-    output = run([sys.executable, "-m", "vidla_kernels.tune"], seconds, setting.logs / "tune.log")
+    output = run([sys.executable, "-m", "vidla_kernels.tune", "--quick"], seconds, setting.logs / "tune.log")
     lines = [line for line in output.text.splitlines() if line.strip()][-40:]
     if output.code is None:
         return Done(TUNING, "cut short", "the time limit ended it", lines)

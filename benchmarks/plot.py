@@ -30,20 +30,20 @@ def draw(results: Results, stem: Path) -> list[Path]:
     matplotlib.use("Agg")
     written = []
     rows = [row for row in results.rows if row["status"] == "timed" and row.get("us")]
-    colors = _colors(rows)
+    colors = {op: _colors(rows, op) for op in (*OPS, "step")}
     for op in OPS:
         for passes, words in PASSES.items():
             mine = [row for row in rows if (row["group"], row["op"], row["passes"]) == ("attention", op, passes)]
             if mine:
                 heading = f"{op.capitalize()} attention, {words}"
-                written.append(_bars(mine, heading, results, colors, _file(stem, op, passes.replace("+", "-"))))
+                written.append(_bars(mine, heading, results, colors[op], _file(stem, op, passes.replace("+", "-"))))
     growth = [row for row in rows if row["group"].startswith("growth")]
     if growth:
         written.append(_growth(growth, results, colors, _file(stem, "growth")))
     step = [row for row in rows if row["group"] == "step"]
     if step:
         heading = "Training step of the vision tower (forward, backward, AdamW)"
-        written.append(_bars(step, heading, results, colors, _file(stem, "step")))
+        written.append(_bars(step, heading, results, colors["step"], _file(stem, "step")))
     return written
 
 
@@ -51,10 +51,12 @@ def _file(stem: Path, *parts: str) -> Path:
     return stem.with_name("-".join([stem.name, *parts]) + ".png")
 
 
-def _colors(rows: list[dict]) -> dict[str, str]:
-    """One colour for each name, the same in every drawing."""
-    ours = dict.fromkeys(row["name"] for row in rows if row["ours"])
-    peers = dict.fromkeys(row["name"] for row in rows if not row["ours"])
+def _colors(rows: list[dict], op: str) -> dict[str, str]:
+    """One colour for each name of an op; names that both attentions have come first, and so look the same in both."""
+    ours, peers = {}, {}
+    for row in sorted(rows, key=lambda row: -len({other["op"] for other in rows if other["name"] == row["name"]})):
+        if row["op"] == op:
+            (ours if row["ours"] else peers).setdefault(row["name"], None)
     chosen = {name: OURS[i % len(OURS)] for i, name in enumerate(ours)}
     return chosen | {name: PEERS[i % len(PEERS)] for i, name in enumerate(peers)}
 
@@ -91,6 +93,7 @@ def _bars(rows: list[dict], heading: str, results: Results, colors: dict[str, st
             panel.axvline(floor, color="#222", linestyle=":", linewidth=1.2)
             panel.annotate("floor", (floor, 1.0), xycoords=("data", "axes fraction"), fontsize=7, ha="center", va="bottom")
         panel.set_xscale("log")
+        _plain(panel.xaxis)
         panel.set_xlim(right=1.9 * max(row["us"]["p80"] for row in mine) / scale)
         panel.set_title(shape, fontsize=9, pad=12)
         panel.set_xlabel(f"median and 20th to 80th percentile, {unit}", fontsize=7)
@@ -98,7 +101,7 @@ def _bars(rows: list[dict], heading: str, results: Results, colors: dict[str, st
     return _save(figure, heading, results, path)
 
 
-def _growth(rows: list[dict], results: Results, colors: dict[str, str], path: Path) -> Path:
+def _growth(rows: list[dict], results: Results, colors: dict[str, dict[str, str]], path: Path) -> Path:
     """Time over T and over B, for each op, with the floor."""
     from matplotlib.figure import Figure
 
@@ -117,7 +120,11 @@ def _growth(rows: list[dict], results: Results, colors: dict[str, str], path: Pa
                 ours = points[0][2]
                 label = f"VidLA {name}" if ours else name
                 panel.plot(
-                    *zip(*(p[:2] for p in points), strict=True), "o-", label=label, color=colors[name], lw=2.4 if ours else 1.3
+                    *zip(*(p[:2] for p in points), strict=True),
+                    "o-",
+                    label=label,
+                    color=colors[op][name],
+                    lw=2.4 if ours else 1.3,
                 )
             floor = sorted({(row["shape"][axis], row["floor_us"] / 1e3) for row in mine})
             panel.plot(*zip(*floor, strict=True), ":", color="#222", label="floor")
@@ -126,6 +133,7 @@ def _growth(rows: list[dict], results: Results, colors: dict[str, str], path: Pa
             panel.set_yscale("log")
             panel.set_xticks(ticks, [str(tick) for tick in ticks])
             panel.minorticks_off()
+            _plain(panel.yaxis)
             shape = mine[0]["shape"]
             tower = shape["name"].split(" ")[0]
             fixed = f"B={shape['B']}" if axis == "T" else f"T={shape['T']}"
@@ -140,6 +148,14 @@ def _growth(rows: list[dict], results: Results, colors: dict[str, str], path: Pa
 def _shape(row: dict) -> str:
     shape = row["shape"]
     return f"{shape['name']}, B={shape['B']}, {shape['dtype']}"
+
+
+def _plain(axis) -> None:
+    """10 and 100 in place of powers, and no number between them."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _quiet(panel) -> None:

@@ -187,7 +187,8 @@ def rates_in_words(results: Results) -> list[str]:
 
 
 def in_words(goal: dict) -> str:
-    measured = "not measured" if goal["measured"] is None else f"{goal['measured']:5.2f}"
+    by = f" ({goal['by']})" if goal["by"] else ""
+    measured = "not measured" if goal["measured"] is None else f"{goal['measured']:5.2f}{by}"
     if goal["goal"] is None:
         return measured
     verdict = {None: "", True: ": met", False: ": NOT met"}[goal["met"]]
@@ -208,12 +209,12 @@ def markdown(results: Results) -> list[str]:
 def goals_markdown(held: list[dict]) -> list[str]:
     if not held:
         return []
-    lines = ["| | measured | goal | |", "|---|---:|---:|---|"]
+    lines = ["| | measured | by | goal | |", "|---|---:|---|---:|---|"]
     for goal in held:
         measured = "" if goal["measured"] is None else f"{goal['measured']:.2f}"
         verdict = "not measured" if not measured else {None: "", True: "met", False: "**not met**"}[goal["met"]]
         aim = "" if goal["goal"] is None else f"{goal['sign']} {goal['goal']:g}"
-        lines.append(_line([goal["what"], measured, aim, verdict]))
+        lines.append(_line([goal["what"], measured, goal["by"] or "", aim, verdict]))
     return lines
 
 

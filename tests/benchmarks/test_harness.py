@@ -314,6 +314,7 @@ def test_goals_of_a_cpu():
 def test_goals_of_a_gpu():
     held = goals(made_up("cuda", {"cuda (auto)": 112.0, "per-frame SDPA": 300.0}))
     assert len(held) == len(FLOOR)
+    assert {goal["by"] for goal in held} == {"cuda (auto)"}
     met = {goal["what"]: goal["met"] for goal in held}
     assert met["tube, forward, B/16: times the floor"] is False
     assert met["tube, forward, B/32: times the floor"] is True
