@@ -76,12 +76,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _rank(item: pytest.Item) -> int:
-    of = getattr(item, "callspec", None) and item.callspec.params
-    if of and "model" in of:
-        return 1  # training steps
-    if not of or "sweep" not in of or (of["sweep"].group == "attention" and of["sweep"].shape.name in FIRST):
+    of = item.callspec.params if hasattr(item, "callspec") else {}
+    if "model" in of:
+        return 2  # training steps
+    if "sweep" not in of:
         return 0
-    return 2 if of["sweep"].group != "attention" else 3
+    if of["sweep"].group == "attention" and of["sweep"].shape.name in FIRST:
+        return 0 if of["sweep"].passes == "fwd+bwd" else 1
+    return 3 if of["sweep"].group != "attention" else 4
 
 
 @pytest.fixture(scope="session")
