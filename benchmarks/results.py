@@ -1,5 +1,7 @@
 """The rows of a run: as JSON, as tables for a terminal or for Markdown, and the goals they are held against.
 
+    python -m benchmarks.results FILE.json    prints the tables of a run as Markdown, for the documentation
+
 A row is a plain dictionary, so that what reads the file needs nothing of this package:
 
     group, op, passes, shape, name, ours    which table, which implementation
@@ -14,11 +16,13 @@ A row is a plain dictionary, so that what reads the file needs nothing of this p
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections import defaultdict
 from pathlib import Path
 
 from .goals import goals
+from .machine import title as machine_title
 from .measure import Outcome, percentile
 
 VERSION = 1
@@ -220,3 +224,19 @@ def goals_markdown(held: list[dict]) -> list[str]:
 
 def _line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The tables of a run of the benchmarks as Markdown.")
+    parser.add_argument("file", type=Path, help="JSON file of a run")
+    options = parser.parse_args()
+    try:
+        results = Results.read(options.file)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{options.file} cannot be read: {error}\n")
+    rates = (f"- {line}" for line in rates_in_words(results))
+    print("\n".join([machine_title(results.machine), "", *rates, "", *goals_markdown(goals(results)), *markdown(results)]))
+
+
+if __name__ == "__main__":
+    main()

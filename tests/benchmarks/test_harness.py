@@ -295,6 +295,20 @@ def test_markdown_tables_have_equal_columns():
     assert all(len({line.count("|") for line in table}) == 1 for table in tables)
 
 
+def test_a_file_is_printed_for_the_documentation(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "run.json"
+    made_up().write(file)
+    monkeypatch.setattr("sys.argv", ["results", str(file)])
+    results.main()
+    printed = capsys.readouterr().out
+    assert "| VidLA portable (auto) | 50.0 | 50.0 | 50.0 | 0.50 | 0.62 |" in printed
+    assert "| hierarchical, B/16: times faster than dense mask SDPA | 8.00 |  | >= 6 | met |" in printed
+    file.write_text("{}")
+    with pytest.raises(SystemExit) as stop:
+        results.main()
+    assert stop.value.code == 2
+
+
 def test_goals_of_a_cpu():
     held = {goal["what"]: goal for goal in goals(made_up())}
     dense = held["hierarchical, B/16: times faster than dense mask SDPA"]
