@@ -30,6 +30,8 @@ from pathlib import Path
 
 import torch
 
+from vidla_kernels import backends
+
 from .goals import goals
 from .machine import ROOT, clocks, describe, slug, title
 from .results import Results, goals_markdown, markdown, rates_in_words
@@ -39,6 +41,7 @@ MINUTES = 9.0
 END = 20  # seconds kept for drawings and the report
 FOLDER = ROOT / "docs" / "gpu"
 PARITY, BITS, BENCHMARKS, TUNING = "parity tests, compiled", "two runs, bit by bit", "benchmarks", "tuning"
+NO_KERNEL = "no kernel of ours runs here (python -m vidla_kernels says why)"
 MEMCHECK, RACECHECK = "compute-sanitizer memcheck", "compute-sanitizer racecheck"
 
 
@@ -120,13 +123,15 @@ def parity_from(text: str, codes: list[int | None]) -> Done:
     wrong = count["FAILED"] + count["ERROR"]
     failed = [f"{name}: {verdict}" for name, verdict in verdicts if verdict in ("FAILED", "ERROR")]
     summary = f"{count['PASSED']} passed, {wrong} failed, {count['SKIPPED']} skipped"
-    if wrong or any(code not in (0, None) for code in codes):
+    if wrong or any(code not in (0, 5, None) for code in codes):  # 5: the selection is empty
         if not wrong:
             last = [line for line in text.splitlines() if line.strip()][-1:]
             failed = [f"pytest ended with code {codes}: {''.join(last)}"]
         return Done(PARITY, "failed", summary, failed[:20])
     if None in codes:
         return Done(PARITY, "cut short", f"{summary}; the time limit ended it before the rest")
+    if not count["PASSED"]:
+        return Done(PARITY, "missing", f"{summary}: nothing was tested")
     return Done(PARITY, "passed", summary)
 
 
@@ -136,11 +141,12 @@ def bits(setting: Setting, seconds: float) -> Done:
     output = run([sys.executable, "-m", "benchmarks.repeat", *extra], seconds, setting.logs / "bits.log")
     lines = [line for line in output.text.splitlines() if re.search(r": (equal|.*DIFFER|not run)", line)]
     equal = sum(line.endswith(": equal") for line in lines)
+    summary = f"{equal} of {len(lines)} kernels and shapes equal"
     if output.code is None:
-        return Done(BITS, "cut short", f"{equal} equal; the time limit ended it before the rest", lines)
+        return Done(BITS, "cut short", f"{summary}; the time limit ended it before the rest", lines)
     if output.code:
-        return Done(BITS, "failed", f"{equal} of {len(lines)} equal; {output.last}", lines)
-    return Done(BITS, "passed", f"{equal} kernels and shapes, all equal", lines)
+        return Done(BITS, "failed", f"{summary}; {output.last}", lines)
+    return Done(BITS, "passed" if equal else "missing", summary if equal else NO_KERNEL, lines)
 
 
 def sanitizer(step: str, setting: Setting, seconds: float) -> Done:
@@ -158,6 +164,8 @@ def sanitizer(step: str, setting: Setting, seconds: float) -> Done:
         return Done(step, "cut short", "the time limit ended it")
     if output.code:
         return Done(step, "failed", "; ".join(lines) or output.last, output.text.splitlines()[-30:])
+    if ": equal" not in output.text:
+        return Done(step, "missing", NO_KERNEL)
     return Done(step, "passed", "; ".join(lines) or "no error")
 
 
@@ -194,8 +202,8 @@ def tune(setting: Setting, seconds: float) -> Done:
 STEPS: dict[str, tuple[Callable[[Setting, float], Done], float]] = {
     PARITY: (parity, 110),
     BITS: (bits, 40),
-    MEMCHECK: (partial(sanitizer, MEMCHECK), 40),
-    RACECHECK: (partial(sanitizer, RACECHECK), 40),
+    MEMCHECK: (partial(sanitizer, MEMCHECK), 45),
+    RACECHECK: (partial(sanitizer, RACECHECK), 45),
     BENCHMARKS: (benchmark, float("inf")),
     TUNING: (tune, 50),
 }
@@ -219,6 +227,12 @@ def stop(processes: list[subprocess.Popen]) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def facts_of(device: torch.device) -> dict:
+    """The machine, its clocks before any work, and each backend with the reason why it is missing."""
+    idle = clocks(device) if device.type == "cuda" else {}
+    return describe(device) | {"clocks": idle, "backends": {name: backends.missing(name, device) for name in backends.NAMES}}
 
 
 def walk(setting: Setting, minutes: float) -> list[Done]:
@@ -276,7 +290,12 @@ def report(
     if setting.rehearse:
         lines += ["**REHEARSAL on a CPU at toy size. It shows that the steps work; no figure in it means anything.**", ""]
     facts = {**machine["device"], **{f"{name} version": value for name, value in machine["versions"].items()}}
-    facts |= {"commit": machine["commit"], "date": machine["date"], **machine["clocks"]}
+    facts |= {f"backend {name}": reason or "available" for name, reason in machine["backends"].items()}
+    facts |= {
+        "commit": machine["commit"],
+        "date": machine["date"],
+        **{f"{name}, idle": value for name, value in machine["clocks"].items()},
+    }
     facts |= {f"{name}, multiplying": value for name, value in results.rates.get("clocks", {}).items()}
     lines += ["| | |", "|---|---|", *(f"| {name} | {'' if value is None else value} |" for name, value in facts.items()), ""]
     lines += ["## What ran", "", "| step | | | s |", "|---|---|---|---:|"]
@@ -330,7 +349,7 @@ def main() -> int:
         print(sentence, file=sys.stderr)
         return 2
     device = torch.device("cpu" if options.rehearse else "cuda")
-    machine = describe(device) | {"clocks": clocks(device) if device.type == "cuda" else {}}
+    machine = facts_of(device)
     folder = options.out or (Path(tempfile.mkdtemp(prefix="vidla-rehearsal-")) if options.rehearse else FOLDER)
     folder.mkdir(parents=True, exist_ok=True)
     stem = folder.resolve() / ("rehearsal" if options.rehearse else slug(machine))

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import gpu_report
 from benchmarks.gpu_report import Done, Setting
-from benchmarks.machine import ROOT, describe
+from benchmarks.machine import ROOT
 
 CPU = torch.device("cpu")
 
@@ -93,13 +93,22 @@ def test_a_missing_piece_is_reported_and_the_rest_goes_on(setting, monkeypatch):
     assert "pip install" in steps[gpu_report.BENCHMARKS].summary
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # an import of it fails
-    machine = describe(CPU) | {"clocks": {}}
-    paths = gpu_report.write(setting, machine, list(steps.values()))
+    paths = gpu_report.write(setting, gpu_report.facts_of(CPU), list(steps.values()))
     assert [path.suffix for path in paths] == [".md", ".json"]
     text = paths[0].read_text()
     assert "Nothing was timed." in text
+    assert "| backend triton |" in text
     assert "Error at most twice torch's own: not measured." in text
     assert len(json.loads(paths[1].read_text())["steps"]) == len(steps)
+
+
+def test_the_documented_limits_are_the_steps():
+    text = (ROOT / "docs" / "gpu" / "README.md").read_text(encoding="utf-8")
+    limits = {name: limit for name, (_, limit) in gpu_report.STEPS.items()}
+    for name in (gpu_report.PARITY, gpu_report.BITS, gpu_report.TUNING):
+        assert f"| {name} | {limits[name]} |" in text
+    assert limits[gpu_report.MEMCHECK] == limits[gpu_report.RACECHECK]
+    assert f"racecheck | {limits[gpu_report.MEMCHECK]} each |" in text
 
 
 def test_no_time_left_is_said(setting, monkeypatch):
@@ -129,6 +138,8 @@ LINE = "tests/kernels/test_parity.py::test_a[{} 1] {} [ 10%]"
         (("PASSED", "PASSED"), [0, None], "cut short", "2 passed, 0 failed, 0 skipped"),
         (("PASSED", "FAILED"), [None, None], "failed", "1 passed, 1 failed, 0 skipped"),
         ((), [4, 0], "failed", "0 passed, 0 failed, 0 skipped"),
+        (("PASSED",), [5, 0], "passed", "1 passed, 0 failed, 0 skipped"),
+        (("SKIPPED",), [0, 0], "missing", "0 passed, 0 failed, 1 skipped: nothing"),
     ],
 )
 def test_the_parity_tests_output_is_read(verdicts, codes, status, summary):
@@ -137,6 +148,25 @@ def test_the_parity_tests_output_is_read(verdicts, codes, status, summary):
     assert done.status == status
     assert done.summary.startswith(summary)
     assert bool(done.details) == (status == "failed")
+
+
+@pytest.mark.parametrize(
+    ("printed", "code", "status"),
+    [
+        ("tube, cuda, B/16: equal\ntube, triton, B/16: equal", 0, "passed"),
+        ("tube, cuda, B/16: equal\ntube, triton, B/16: gradient DIFFER", 1, "failed"),
+        ("tube, cuda, B/16: equal", None, "cut short"),
+        ("tube, cuda, B/16: equal\nRuntimeError: CUDA error", 1, "failed"),
+        ("", 0, "missing"),
+    ],
+)
+def test_equal_bits_are_read(setting, monkeypatch, printed, code, status):
+    monkeypatch.setattr(gpu_report, "run", lambda *args, **options: gpu_report.Output(code, printed))
+    assert gpu_report.bits(setting, 40).status == status
+    if printed:
+        assert "1 of" in gpu_report.bits(setting, 40).summary or status == "passed"
+    monkeypatch.setattr(gpu_report.shutil, "which", lambda *args, **options: "compute-sanitizer")
+    assert gpu_report.sanitizer(gpu_report.MEMCHECK, setting, 40).status == status
 
 
 def test_a_failed_step_is_the_exit_code(monkeypatch, tmp_path):
