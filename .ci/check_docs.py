@@ -3,9 +3,9 @@
     python .ci/check_docs.py                  everything below; one line for each thing that is wrong, exit code 1
     python .ci/check_docs.py --test-command   the test command as the README has it, for .ci/run
 
-In README.md, CONTRIBUTING.md and docs/*.md: relative links and headings they point to; paths in backticks (`folder/file.py`,
-`folder/`, `folder/file.py::name`); the README's map of the folders; fenced Python, which must compile, and where
-`<!-- run -->` stands before it must run; commands, fenced or in backticks, whose modules, options and files must be there.
+In README.md, CONTRIBUTING.md, docs/*.md and docs/gpu/README.md: relative links and headings they point to; paths in backticks
+(`folder/file.py`, `folder/`, `folder/file.py::name`); the README's map of the folders; fenced Python, which must compile, and
+where `<!-- run -->` stands before it must run; commands, fenced or in backticks, whose modules, options and files must exist.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Block(NamedTuple):
 
 
 def documents(root: Path = ROOT) -> list[Path]:
-    return [root / "README.md", root / "CONTRIBUTING.md", *sorted((root / "docs").glob("*.md"))]
+    return [root / "README.md", root / "CONTRIBUTING.md", *sorted((root / "docs").glob("*.md")), root / "docs/gpu/README.md"]
 
 
 def blocks(text: str) -> list[Block]:
@@ -194,7 +194,8 @@ def check_command(words: list[str]) -> Iterator[str]:
         if not os.access(ROOT / program, os.X_OK):
             yield f"{program}: no such program in this tree"
     elif program == "pytest":
-        yield from unknown_options(words, sys.executable, "-m", "pytest")
+        folder = ["benchmarks"] if any(word.startswith("benchmarks") for word in words) else []  # has options of its own
+        yield from unknown_options(words, sys.executable, "-m", "pytest", *folder)
         for file, _, test in (w.partition("::") for w in words if re.match(r"(tests|benchmarks)\b", w)):
             if not (ROOT / file).exists() or (test and f"def {test}(" not in (ROOT / file).read_text(encoding="utf-8")):
                 yield f"pytest {file}{'::' if test else ''}{test}: no such test"

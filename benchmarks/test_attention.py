@@ -1,59 +1,76 @@
-"""Both attentions, forward and forward with backward: time and peak memory of every implementation, side by side.
+"""Both attentions, every implementation side by side: the shapes of the paper, growth with T and with B.
 
     pytest benchmarks/ --benchmark-only
 
-No number on a red gate: before it is timed an implementation must agree with the reference. Times are medians; the floor
-is the bytes that must move over the copy bandwidth of the same run (`floor.py`).
+No number on a red gate: before it is timed an implementation must agree with the reference. All implementations of one
+table run in turns on the same tensors.
 """
 
 import pytest
 import torch
 
-from .floor import floor_bytes, synchronize
-from .gate import gate
-from .memory import peak_bytes
-from .peers import cannot, implementations
-from .shapes import shapes
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ROWS = [
-    pytest.param(op, shape, passes, name, id=f"{op}-{shape.name}-{passes}-{name}".replace(" ", "_"))
-    for op in ("tube", "hierarchical")
-    for shape in shapes(DEVICE)
-    for passes in ("fwd", "fwd+bwd")
-    for name in implementations(op, DEVICE)
-]
+from .conftest import BENCH, Bench, record, recorded_time
+from .floor import floor_bytes, memory_over_tensors
+from .gate import disagreement
+from .measure import Candidate
+from .peers import Implementation, forget, implementations, oracle
+from .shapes import Sweep, sweeps
 
 
-@pytest.mark.parametrize(("op", "shape", "passes", "name"), ROWS)
-def test_attention(benchmark, op, shape, passes, name, bandwidth, table):
-    if reason := cannot(name, passes, DEVICE):
-        table.note(reason)
-        pytest.skip(reason)
-    rows = implementations(op, DEVICE)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    bench = metafunc.config.stash[BENCH]
+    rows = [
+        pytest.param(sweep, implementation.name, id=f"{sweep.group}, {sweep}, {implementation.name}".replace(" ", "_"))
+        for sweep in sweeps(bench.device, bench.toy)
+        for implementation in implementations(sweep, bench.device, bench.toy)
+    ]
+    metafunc.parametrize(("sweep", "name"), rows)
+
+
+@pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")  # by a row that fails at the gate
+@pytest.mark.benchmark(timer=recorded_time)
+def test_attention(benchmark, bench: Bench, selected: list[str], sweep: Sweep, name: str):
+    benchmark.group = str(sweep)
+    record(benchmark, measure(bench, sweep, selected)[name])
+
+
+def measure(bench: Bench, sweep: Sweep, names: list[str]) -> dict:
+    if sweep in bench.outcomes:
+        return bench.outcomes[sweep]
     torch.manual_seed(0)
-    qkv, grad = shape.draw(op, DEVICE)
+    tensors = sweep.shape.draw(sweep.op, bench.device)
+    want: list = []
 
-    def call(attention=rows[name]):
-        if passes == "fwd":
-            with torch.no_grad():
-                out = attention(qkv.detach(), shape.layout)  # FlexAttention on a CPU refuses even a leaf with a gradient
-            gradient = None
-        else:
-            qkv.grad = None
-            out = attention(qkv, shape.layout)
-            out.backward(grad)
-            gradient = qkv.grad
-        synchronize(DEVICE)
-        return out.detach(), gradient
+    def wrong(implementation: Implementation) -> str | None:
+        if not want:
+            want.extend(run(oracle(sweep.op), sweep, *tensors))
+        return disagreement(run(implementation.run, sweep, *tensors), tuple(want))
 
-    gate(call(), call(rows["reference"]))
-    peak = peak_bytes(call, DEVICE)
-    benchmark.group = f"{op} attention, {shape}, {passes}"
-    benchmark.pedantic(call, rounds=7 if DEVICE.type == "cpu" else 50, warmup_rounds=1 if DEVICE.type == "cpu" else 10)
-    if benchmark.stats is None:  # --benchmark-disable: the gate alone
-        return
-    median = benchmark.stats.stats.median
-    row = {"us": median * 1e6, "peak_MiB": peak / 2**20, "x_floor": median / (floor_bytes(op, shape, passes) / bandwidth)}
-    benchmark.extra_info.update(row)
-    table.add(benchmark.group, name, **row)
+    candidates = [
+        Candidate(one.name, lambda one=one: run(one.run, sweep, *tensors), lambda one=one: wrong(one), one.ours, one.absent)
+        for one in implementations(sweep, bench.device, bench.toy)
+        if one.name in names
+    ]
+    floor = None if bench.gate_only else floor_bytes(sweep.op, sweep.shape, sweep.passes) / bench.rates.copy
+    try:
+        return bench.table(
+            sweep,
+            candidates,
+            floor_seconds=floor,
+            tensors=lambda peak: memory_over_tensors(sweep.op, sweep.shape, sweep.passes, peak),
+            group=sweep.group,
+            op=sweep.op,
+            passes=sweep.passes,
+            shape=sweep.shape.to_json(),
+        )
+    finally:
+        forget()
+
+
+def run(attention, sweep: Sweep, qkv: torch.Tensor, grad: torch.Tensor) -> tuple:
+    """(output, gradient of qkv), the latter None for the forward alone. Leaves nothing behind on qkv."""
+    if sweep.passes == "fwd":
+        with torch.no_grad():
+            return attention(qkv.detach(), sweep.shape.layout), None  # FlexAttention on a CPU refuses a leaf with a gradient
+    out = attention(qkv, sweep.shape.layout)
+    return out.detach(), torch.autograd.grad(out, qkv, grad)[0]
