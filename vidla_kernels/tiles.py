@@ -120,6 +120,17 @@ def arch(device: torch.device) -> int:
     return 90 if major in (9, 10, 11) else 80  # 12.x (consumer Blackwell) has mma.sync and little shared memory, like 8.x
 
 
+def kind(dtype: torch.dtype) -> str:
+    """The kind of arithmetic, which rows are for: "half", "fp32", or "tf32" for float32 where torch's matmuls would take it.
+
+    torch's setting is `torch.set_float32_matmul_precision` or `torch.backends.cuda.matmul.fp32_precision`. Reading the
+    latter sees both; the older ways of asking raise where the new one has set it.
+    """
+    if dtype != torch.float32:
+        return "half"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "fp32"
+
+
 def lookup(kernel: str, device: torch.device, dtype: torch.dtype, D: int) -> tuple[Tile, ...]:
     """The configurations of a kernel for tensors of this dtype and head dimension on this device, smallest first.
 

@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from . import tiles
+
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)
 # The score of a pair that may not see each other. Finite: -inf - -inf is NaN where a whole tile of a row is hidden.
@@ -43,8 +45,8 @@ def to(x, dtype: tl.constexpr):
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How kernels multiply: "tf32" for float32 where torch's own matmuls would (`torch.set_float32_matmul_precision`)."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """How kernels multiply float32, for `dot`: "tf32" where torch's own matmuls would, else "ieee"."""
+    return "tf32" if tiles.kind(dtype) == "tf32" else "ieee"
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
