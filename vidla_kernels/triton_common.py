@@ -55,4 +55,4 @@ def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
     Every launch of the library goes through here, so that a test can compile all of them ahead of time.
     """
     with torch.cuda.device(args[0].device) if args[0].is_cuda else nullcontext():
-        kernel[grid](*args, **options)
+        tiles.launched(kernel[grid](*args, **options))

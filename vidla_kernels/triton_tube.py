@@ -370,12 +370,6 @@ def backward_long_keys(
 # ------------------------------------------------------------------------------------------------------------------ host
 
 
-def _packing(kernel: str, qkv: torch.Tensor, T: int) -> tiles.Tile | None:
-    """The smallest tile of a packed kernel that holds a whole tube; None where the tube is too long for all of them."""
-    fitting = [tile for tile in tiles.lookup(kernel, qkv.device, qkv.dtype, qkv.shape[-1]) if tile.rows >= T]
-    return fitting[0] if fitting else None
-
-
 def forward(qkv: torch.Tensor, layout: TokenLayout, scale: float) -> torch.Tensor:
     """Tube attention, paper equation 1 without norm, projections and residual.
 
@@ -391,7 +385,7 @@ def forward(qkv: torch.Tensor, layout: TokenLayout, scale: float) -> torch.Tenso
     T, N = layout.frames, layout.patches
     out = torch.empty(B, tokens, H, D, dtype=qkv.dtype, device=qkv.device)
     args = (qkv, out, *qkv.stride()[:4], float(scale), T, N, H)
-    if tile := _packing("tube_forward", qkv, T):
+    if tile := tiles.holding("tube_forward", qkv.device, qkv.dtype, D, T):
         grid = (B * H * triton.cdiv(N, tile.rows // T),)
         sizes = {"D": D, "ROWS": tile.rows, "PRECISION": common.precision(qkv.dtype)}
         common.launch(forward_packed, grid, *args, **sizes, num_warps=tile.warps)
@@ -417,7 +411,7 @@ def backward(grad_out: torch.Tensor, qkv: torch.Tensor, layout: TokenLayout, sca
     T, N = layout.frames, layout.patches
     dqkv = torch.empty(B, tokens, 3, H, D, dtype=qkv.dtype, device=qkv.device)
     args = (*qkv.stride()[:4], float(scale), T, N, H)
-    if tile := _packing("tube_backward", qkv, T):
+    if tile := tiles.holding("tube_backward", qkv.device, qkv.dtype, D, T):
         grid = (B * H * triton.cdiv(N, tile.rows // T),)
         sizes = {"D": D, "ROWS": tile.rows, "PRECISION": common.precision(qkv.dtype)}
         common.launch(backward_packed, grid, grad_out, qkv, dqkv, *args, **sizes, num_warps=tile.warps)
