@@ -61,12 +61,15 @@ _ROWS: dict[tuple[str, tuple[int, ...], str, tuple[int, ...]], tuple[Tile, ...]]
     ("tube_backward", (90,), "half", HEAD_DIMS): (Tile(64, 64, 4), Tile(128, 128, 8)),  # 120 registers; 0.98x and 0.97x
     # TF32 runs on tensor cores, which need no whole rows in registers: tiles of half as many rows as in half precision.
     ("tube_forward", (80, 90), "tf32", HEAD_DIMS): (Tile(16, 16, 4), Tile(32, 32, 4), Tile(64, 64, 8)),
-    ("tube_backward", (80, 90), "tf32", HEAD_DIMS): (Tile(16, 16, 4), Tile(32, 32, 4)),
-    # fp32: 32 rows spill at D=96 and 128 and take 247 registers at 80, where 16 rows take 42 to 80.
+    ("tube_backward", (80,), "tf32", HEAD_DIMS): (Tile(16, 16, 4), Tile(32, 32, 4)),  # 64 rows spill from D=64
+    ("tube_backward", (90,), "tf32", HEAD_DIMS): (Tile(16, 16, 4), Tile(32, 32, 4), Tile(64, 64, 8)),
+    # fp32: 32 rows spill at D=96 and 128 and take 247 registers at 80, where 16 rows take 42 to 96.
     ("tube_forward", (80, 90), "fp32", (32, 64)): (Tile(32, 32, 4),),
     ("tube_forward", (80, 90), "fp32", (80, 96, 128)): (Tile(16, 16, 4),),
     ("tube_backward", (80, 90), "fp32", (32, 64)): (Tile(32, 32, 4),),
-    ("tube_backward", (80, 90), "fp32", (80, 96, 128)): (Tile(16, 16, 4),),
+    ("tube_backward", (80, 90), "fp32", (80, 128)): (Tile(16, 16, 4),),
+    ("tube_backward", (80,), "fp32", (96,)): (Tile(16, 16, 2),),  # over 4 warps 8 bytes spill
+    ("tube_backward", (90,), "fp32", (96,)): (Tile(16, 16, 4),),
     # Long tubes. Two stages bring the keys by cp.async: 1.28x instead of 1.62x on A100 (T=128), 1.10x instead of 1.26x on H100.
     ("tube_forward_long", (80, 90), "half", HEAD_DIMS): (Tile(64, 32, 4, 2),),
     ("tube_backward_queries", (80,), "half", HEAD_DIMS): (Tile(64, 32, 4, 2),),
@@ -74,8 +77,12 @@ _ROWS: dict[tuple[str, tuple[int, ...], str, tuple[int, ...]], tuple[Tile, ...]]
     ("tube_backward_keys", (80,), "half", HEAD_DIMS): (Tile(32, 32, 4),),
     ("tube_backward_keys", (90,), "half", HEAD_DIMS): (Tile(64, 32, 4, 2),),
     ("tube_forward_long", (80, 90), "tf32", HEAD_DIMS): (Tile(32, 32, 4, 2),),
-    ("tube_backward_queries", (80, 90), "tf32", HEAD_DIMS): (Tile(32, 32, 4, 2),),
-    ("tube_backward_keys", (80, 90), "tf32", HEAD_DIMS): (Tile(32, 32, 4),),
+    ("tube_backward_queries", (80,), "tf32", (32, 64, 96, 128)): (Tile(32, 32, 4, 2),),
+    ("tube_backward_queries", (80,), "tf32", (80,)): (Tile(32, 16, 4, 2),),  # of 32 keys 8 bytes spill
+    ("tube_backward_queries", (90,), "tf32", HEAD_DIMS): (Tile(32, 32, 4, 2),),
+    ("tube_backward_keys", (80,), "tf32", HEAD_DIMS): (Tile(32, 32, 4),),
+    ("tube_backward_keys", (90,), "tf32", (32, 64, 96, 128)): (Tile(32, 32, 4),),
+    ("tube_backward_keys", (90,), "tf32", (80,)): (Tile(32, 32, 4, 2),),  # in one stage 8 bytes spill
     ("tube_forward_long", (80,), "fp32", HEAD_DIMS): (Tile(16, 16, 4),),
     ("tube_forward_long", (90,), "fp32", (32, 64, 80, 96)): (Tile(16, 16, 4),),
     ("tube_forward_long", (90,), "fp32", (128,)): (Tile(32, 16, 8),),  # of 16 rows 8 bytes spill with Triton 3.8 or 3.9
