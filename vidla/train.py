@@ -257,7 +257,8 @@ def check_backend(config: Config, model: VidLA, device: torch.device, dtype: tor
 
     attention = model.visual.transformer.resblocks[0].attn
     try:
-        choose(config.model.backend, Case(device, dtype, attention.out_proj.in_features // attention.heads, model.layout))
+        head_dim = attention.out_proj.in_features // attention.heads
+        choose(config.model.backend, Case(device, dtype, head_dim, model.layout, "hierarchical"))
     except (ValueError, RuntimeError) as error:
         raise UsageError(f"--model.backend {config.model.backend}: {error}") from None
 

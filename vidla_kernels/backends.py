@@ -9,10 +9,11 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import torch
 
-from . import tiles
+from . import tiles, tuned
 from .layout import TokenLayout
 
 NAMES = ("cuda", "triton", "portable", "reference")  # fastest first on a GPU
@@ -26,6 +27,7 @@ class Case:
     dtype: torch.dtype
     head_dim: int
     layout: TokenLayout
+    op: Literal["tube", "hierarchical"]
 
 
 @torch.compiler.assume_constant_result  # what a machine has does not change while a graph lives
@@ -65,6 +67,20 @@ def refuses(name: str, case: Case) -> str | None:
     return tiles.unsupported(case.dtype, case.head_dim)  # every layout is served
 
 
+def measured_fastest(case: Case, able: tuple[str, ...]) -> str | None:
+    """What a measurement on this GPU found to be fastest for the case, of the backends in `able`; None without one.
+
+    This is the only place where a measurement changes what `auto` picks.
+    """
+    name = _measured_fastest(case.op, case.device, case.dtype, int(case.head_dim), case.layout.patches)
+    return name if name in able else None
+
+
+@torch.compiler.assume_constant_result  # a graph is compiled for one head dimension and layout
+def _measured_fastest(op: str, device: torch.device, dtype: torch.dtype, head_dim: int, patches: int) -> str | None:
+    return tuned.preferred_backend(op, device, tiles.kind(dtype), head_dim, patches)
+
+
 def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
     """The backends that run on `device`, best first.
 
@@ -85,7 +101,8 @@ def choose(backend: str, case: Case) -> str:
         RuntimeError: the backend named by hand cannot serve the case; the message says why and what can.
     """
     if backend == "auto":
-        return next(name for name in available_backends(case.device) if refuses(name, case) is None)
+        able = tuple(name for name in available_backends(case.device) if refuses(name, case) is None)
+        return measured_fastest(case, able) or able[0]
     if backend not in NAMES:
         raise ValueError(f"backend is {backend!r}; it must be 'auto' or one of {', '.join(map(repr, NAMES))}")
     if reason := refuses(backend, case):

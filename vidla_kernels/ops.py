@@ -37,7 +37,7 @@ def tube_attention(
         ValueError: a shape, dtype or backend name that cannot be; the message has the expected and the given.
         RuntimeError: the backend named by hand cannot serve this case; the message says why.
     """
-    qkv, scale, name = _prepare(qkv, layout, layout.num_patches, "T*N", scale, backend)
+    qkv, scale, name = _prepare("tube", qkv, layout, layout.num_patches, "T*N", scale, backend)
     if name == "reference":
         return reference.tube(qkv, layout, scale)
     if name == "portable":
@@ -64,7 +64,7 @@ def hierarchical_attention(
     Raises:
         ValueError, RuntimeError: as in `tube_attention`.
     """
-    qkv, scale, name = _prepare(qkv, layout, layout.seq_len, "S", scale, backend)
+    qkv, scale, name = _prepare("hierarchical", qkv, layout, layout.seq_len, "S", scale, backend)
     if name == "reference":
         return reference.hierarchical(qkv, layout, scale)
     if name == "portable":
@@ -72,13 +72,13 @@ def hierarchical_attention(
     return torch.ops.vidla_kernels.hierarchical_attention(qkv, _to_ints(layout), scale, name)[0]
 
 
-def _prepare(qkv, layout, tokens, symbol, scale, backend):
+def _prepare(op, qkv, layout, tokens, symbol, scale, backend):
     if qkv.dim() != 5 or qkv.shape[1] != tokens or qkv.shape[2] != 3:
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}; expected (B, {symbol}={tokens}, 3, H, D) for {layout}")
     if not qkv.dtype.is_floating_point:
         raise ValueError(f"qkv has dtype {qkv.dtype}; expected float16, bfloat16, float32 or float64")
     qkv = _autocast(qkv)
-    name = choose(backend, Case(qkv.device, qkv.dtype, qkv.shape[-1], layout))
+    name = choose(backend, Case(qkv.device, qkv.dtype, qkv.shape[-1], layout, op))
     return qkv, qkv.shape[-1] ** -0.5 if scale is None else float(scale), name
 
 

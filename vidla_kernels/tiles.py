@@ -6,9 +6,15 @@ ahead-of-time test, which compiles every row for every architecture and asserts 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
+
+from . import tuned
 
 HEAD_DIMS = (32, 64, 80, 96, 128)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -32,32 +38,51 @@ class Tile:
     warps: int
     stages: int = 1
 
+    def __post_init__(self) -> None:
+        if wrong := [name for name, value in vars(self).items() if value is not None and (type(value) is not int or value < 1)]:
+            raise ValueError(f"{', '.join(wrong)} of {self} must be positive integers")
 
-# (kernel, architectures, "half" or "fp32", head dimensions) -> tiles, smallest first where a kernel has several to choose
+
+# (kernel, architectures, `kind` of dtype, head dimensions) -> tiles, smallest first where a kernel has several to choose
 # from. fp16 and bf16 share rows: same bytes, same instructions. fp32 multiplies at full precision, which means FMA loops
-# whose operands sit in registers, so its tiles are smaller.
+# whose operands sit in registers, so its tiles are smaller. tf32 takes the rows of fp32 where it has none.
 _ROWS: dict[tuple[str, tuple[int, ...], str, tuple[int, ...]], tuple[Tile, ...]] = {
-    # Tube attention, a whole number of tubes in a tile; T > rows takes the next tile, T > all rows the long kernels.
-    # Registers and spills: Triton 3.8. Only the 64-row half tiles at D=64 have been timed (triton_tube.py).
-    # 64 rows: T=12 packs 5 tubes and T=16 packs 4, with 6 % and 0 % of the rows spare; at most 166 registers, 3 programs.
-    ("tube_forward", (80,), "half", HEAD_DIMS): (Tile(64, 64, 4),),
-    # 65 to 128 frames stay one tile where wgmma reads operands from shared memory; on sm_80 128 rows spill from D=96.
-    ("tube_forward", (90,), "half", HEAD_DIMS): (Tile(64, 64, 4), Tile(128, 128, 8)),
-    # 32 rows on sm_80: 67 registers at D=64 where 64 rows take 219, so 7 programs are resident instead of 2. Not timed.
-    # 64 rows, for 33 to 64 frames, over 8 warps: over 4 D=128 spills.
-    ("tube_backward", (80,), "half", HEAD_DIMS): (Tile(32, 32, 4), Tile(64, 64, 8)),
-    ("tube_backward", (90,), "half", HEAD_DIMS): (Tile(64, 64, 4), Tile(128, 128, 8)),
-    # fp32: 32 rows spill at D=96 and 128 and take 247 registers at 80, where 16 rows take 42 to 80.
+    # Tube attention: a whole number of tubes in a tile, the smallest tile that holds one; T > all of them: the long kernels.
+    # Registers: Triton 3.8, D=64. "x" is predicted time over that of moving the bytes, B=32, H=12, T=12, N=196 and 49.
+    # Of these kernels only the 64-row tiles at D=64 on H100 were timed, in an earlier form (triton_tube.py).
+    ("tube_forward", (80,), "half", HEAD_DIMS): (Tile(64, 64, 4),),  # 92 registers, 5 programs; 0.99x and 1.02x
+    # 32 rows: 48 registers, 10 programs; 1.00x and 1.02x, where 64 rows are at 1.05x and 1.06x. At other D 64 rows are better.
+    # 65 to 128 frames stay one tile where wgmma reads operands from shared memory: 1.02x at T=128, 1.19x at 96.
+    ("tube_forward", (90,), "half", (64,)): (Tile(32, 32, 4), Tile(64, 64, 4), Tile(128, 128, 8)),
+    ("tube_forward", (90,), "half", (32, 80, 96, 128)): (Tile(64, 64, 4), Tile(128, 128, 8)),
+    # 32 rows: 60 registers, 8 programs; 0.99x and 1.00x, where 64 rows take 168. Those, for 33 to 64 frames, are at 1.05x with
+    # T=64 and 1.21x with T=40; over 8 warps mma.sync reads twice as many bytes of shared memory: 2.4x.
+    ("tube_backward", (80,), "half", HEAD_DIMS): (Tile(32, 32, 4), Tile(64, 64, 4)),
+    ("tube_backward", (90,), "half", HEAD_DIMS): (Tile(64, 64, 4), Tile(128, 128, 8)),  # 120 registers; 0.98x and 0.97x
+    # TF32 runs on tensor cores, which need no whole rows in registers: tiles of half as many rows as in half precision.
+    ("tube_forward", (80, 90), "tf32", HEAD_DIMS): (Tile(16, 16, 4), Tile(32, 32, 4), Tile(64, 64, 8)),
+    ("tube_backward", (80,), "tf32", HEAD_DIMS): (Tile(16, 16, 4), Tile(32, 32, 4)),  # 64 rows spill from D=64
+    ("tube_backward", (90,), "tf32", HEAD_DIMS): (Tile(16, 16, 4), Tile(32, 32, 4), Tile(64, 64, 8)),
+    # fp32: 32 rows spill at D=96 and 128 and take 247 registers at 80, where 16 rows take 42 to 96.
     ("tube_forward", (80, 90), "fp32", (32, 64)): (Tile(32, 32, 4),),
     ("tube_forward", (80, 90), "fp32", (80, 96, 128)): (Tile(16, 16, 4),),
     ("tube_backward", (80, 90), "fp32", (32, 64)): (Tile(32, 32, 4),),
-    ("tube_backward", (80, 90), "fp32", (80, 96, 128)): (Tile(16, 16, 4),),
-    # Long tubes, the largest tiles without spills: 64 keys spill at D=80 (forward) and D=64 (keys) on sm_80.
-    ("tube_forward_long", (80, 90), "half", HEAD_DIMS): (Tile(64, 32, 4),),
-    ("tube_backward_queries", (80, 90), "half", HEAD_DIMS): (Tile(64, 32, 4),),
+    ("tube_backward", (80, 90), "fp32", (80, 128)): (Tile(16, 16, 4),),
+    ("tube_backward", (80,), "fp32", (96,)): (Tile(16, 16, 2),),  # over 4 warps 8 bytes spill
+    ("tube_backward", (90,), "fp32", (96,)): (Tile(16, 16, 4),),
+    # Long tubes. Two stages bring the keys by cp.async: 1.28x instead of 1.62x on A100 (T=128), 1.10x instead of 1.26x on H100.
+    ("tube_forward_long", (80, 90), "half", HEAD_DIMS): (Tile(64, 32, 4, 2),),
+    ("tube_backward_queries", (80,), "half", HEAD_DIMS): (Tile(64, 32, 4, 2),),
+    ("tube_backward_queries", (90,), "half", HEAD_DIMS): (Tile(64, 32, 4),),
     ("tube_backward_keys", (80,), "half", HEAD_DIMS): (Tile(32, 32, 4),),
-    ("tube_backward_keys", (90,), "half", (32,)): (Tile(64, 32, 4),),  # with Triton 3.9, 8 bytes of 32 rows spill
-    ("tube_backward_keys", (90,), "half", (64, 80, 96, 128)): (Tile(32, 32, 4),),
+    ("tube_backward_keys", (90,), "half", HEAD_DIMS): (Tile(64, 32, 4, 2),),
+    ("tube_forward_long", (80, 90), "tf32", HEAD_DIMS): (Tile(32, 32, 4, 2),),
+    ("tube_backward_queries", (80,), "tf32", (32, 64, 96, 128)): (Tile(32, 32, 4, 2),),
+    ("tube_backward_queries", (80,), "tf32", (80,)): (Tile(32, 16, 4, 2),),  # of 32 keys 8 bytes spill
+    ("tube_backward_queries", (90,), "tf32", HEAD_DIMS): (Tile(32, 32, 4, 2),),
+    ("tube_backward_keys", (80,), "tf32", HEAD_DIMS): (Tile(32, 32, 4),),
+    ("tube_backward_keys", (90,), "tf32", (32, 64, 96, 128)): (Tile(32, 32, 4),),
+    ("tube_backward_keys", (90,), "tf32", (80,)): (Tile(32, 32, 4, 2),),  # in one stage 8 bytes spill
     ("tube_forward_long", (80,), "fp32", HEAD_DIMS): (Tile(16, 16, 4),),
     ("tube_forward_long", (90,), "fp32", (32, 64, 80, 96)): (Tile(16, 16, 4),),
     ("tube_forward_long", (90,), "fp32", (128,)): (Tile(32, 16, 8),),  # of 16 rows 8 bytes spill with Triton 3.8 or 3.9
@@ -120,12 +145,120 @@ def arch(device: torch.device) -> int:
     return 90 if major in (9, 10, 11) else 80  # 12.x (consumer Blackwell) has mma.sync and little shared memory, like 8.x
 
 
+def kind(dtype: torch.dtype) -> str:
+    """The kind of arithmetic, which rows are for: "half", "fp32", or "tf32" for float32 where torch's matmuls would take it.
+
+    torch's setting is `torch.set_float32_matmul_precision` or `torch.backends.cuda.matmul.fp32_precision`. Reading the
+    latter sees both; the older ways of asking raise where the new one has set it.
+    """
+    if dtype != torch.float32:
+        return "half"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "fp32"
+
+
+@dataclass
+class Trial:
+    """What `python -m vidla_kernels.tune` does while it measures: it forces tiles, and sees which were asked for.
+
+    Args:
+        forced: by key, the tile to use instead of the shipped one. Nothing that was measured before is used.
+        asked: by key, the tile that was given.
+        launched: what Triton returned for each launch.
+    """
+
+    forced: dict[str, Tile] = field(default_factory=dict)
+    asked: dict[str, Tile] = field(default_factory=dict)
+    launched: list[Any] = field(default_factory=list)
+
+
+_trial: Trial | None = None
+
+
+@contextmanager
+def trial(forced: Mapping[str, Tile] | None = None) -> Iterator[Trial]:
+    """A `Trial` for all launches within, which forces these tiles by key."""
+    global _trial
+    before, _trial = _trial, Trial(dict(forced or {}))
+    try:
+        yield _trial
+    finally:
+        _trial = before
+
+
+def launched(kernel: Any) -> None:
+    """Tell the trial under way, if any, of a launch."""
+    if _trial:
+        _trial.launched.append(kernel)
+
+
+def _chosen(key: str, device: torch.device, shipped: Tile) -> Tile:
+    """The tile for a key: of the trial, else the one measured on this GPU, else the shipped one."""
+    if _trial:
+        return _trial.asked.setdefault(key, _trial.forced.get(key, shipped))
+    if measured := tuned.tile(key, device):
+        try:
+            return Tile(**measured)
+        except (TypeError, ValueError) as error:
+            warnings.warn(f"{tuned.path()}, {key!r}: not a tile, the shipped one is used ({error})", stacklevel=2)
+    return shipped
+
+
+def _shipped(kernel: str, device: torch.device, dtype: torch.dtype, D: int) -> tuple[Tile, ...]:
+    if reason := unsupported(dtype, D):
+        raise ValueError(reason)
+    sm, arithmetic = arch(device), kind(dtype)
+    return TABLE.get((kernel, sm, arithmetic, D)) or TABLE[kernel, sm, "fp32", D]  # tf32 has not a row of its own everywhere
+
+
 def lookup(kernel: str, device: torch.device, dtype: torch.dtype, D: int) -> tuple[Tile, ...]:
     """The configurations of a kernel for tensors of this dtype and head dimension on this device, smallest first.
+
+    A kernel that has one configuration gets the one measured on this GPU (tuned.py), if there was a measurement.
 
     Raises:
         ValueError: no row; the message is that of `unsupported`.
     """
-    if reason := unsupported(dtype, D):
-        raise ValueError(reason)
-    return TABLE[kernel, arch(device), "fp32" if dtype == torch.float32 else "half", D]
+    row = _shipped(kernel, device, dtype, D)
+    return row if len(row) > 1 else (_chosen(f"{kernel} {kind(dtype)} D={D}", device, row[0]),)
+
+
+def holding(kernel: str, device: torch.device, dtype: torch.dtype, D: int, T: int) -> Tile | None:
+    """The tile of a packed tube kernel for tubes of T rows; None where T exceeds every tile.
+
+    The smallest that holds a tube, or the one measured on this GPU for all T of the same class.
+
+    Raises:
+        ValueError: as `lookup`.
+    """
+    fitting = [tile for tile in _shipped(kernel, device, dtype, D) if tile.rows >= T]
+    if not fitting:
+        return None
+    longest = next(end for end in CLASSES if end >= T)
+    tile = _chosen(f"{kernel} {kind(dtype)} D={D} T<={longest}", device, fitting[0])
+    return tile if tile.rows >= T else fitting[0]
+
+
+# Tubes are tuned by classes of T, and a class shares one tile: within it a new T compiles nothing.
+CLASSES = (16, 32, 64, 128)
+
+# What tuning tries beside the shipped tile. A candidate must hold its class of T; whether it compiles without a spilled
+# register and gives the same result is found out there.
+_CANDIDATES: dict[tuple[str, str], tuple[Tile, ...]] = {
+    ("tube_forward", "half"): (Tile(32, 32, 2), Tile(32, 32, 4), Tile(64, 64, 4), Tile(64, 64, 8), Tile(128, 128, 8)),
+    ("tube_forward", "tf32"): (Tile(16, 16, 2), Tile(16, 16, 4), Tile(32, 32, 4), Tile(32, 32, 8), Tile(64, 64, 8)),
+    ("tube_forward", "fp32"): (Tile(16, 16, 2), Tile(16, 16, 4), Tile(32, 32, 4), Tile(32, 32, 8)),
+    ("tube_backward", "half"): (Tile(32, 32, 2), Tile(32, 32, 4), Tile(64, 64, 4), Tile(64, 64, 8), Tile(128, 128, 8)),
+    ("tube_backward", "tf32"): (Tile(16, 16, 2), Tile(16, 16, 4), Tile(32, 32, 4), Tile(32, 32, 8)),
+    ("tube_backward", "fp32"): (Tile(16, 16, 4), Tile(16, 16, 8), Tile(32, 32, 4), Tile(32, 32, 8)),
+}
+
+
+def candidates(key: str, shipped: Tile) -> list[Tile]:
+    """What tuning tries for a key instead of the shipped tile: the list above, or the shipped tile's neighbours."""
+    kernel, arithmetic, *rest = key.split()
+    least = int(rest[-1].removeprefix("T<=")) if rest[-1].startswith("T<=") else 0
+    listed = _CANDIDATES.get((kernel, arithmetic))
+    if listed is None:  # other warps, a stage more or less: the rows of these kernels follow from N
+        warps = [replace(shipped, warps=count) for count in (shipped.warps // 2, shipped.warps * 2) if 2 <= count <= 8]
+        listed = (*warps, *(replace(shipped, stages=shipped.stages + by) for by in (-1, 1) if 1 <= shipped.stages + by <= 4))
+    return [tile for tile in listed if tile != shipped and tile.rows >= least]

@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from . import tiles
+
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)
 # The score of a pair that may not see each other. Finite: -inf - -inf is NaN where a whole tile of a row is hidden.
@@ -43,8 +45,8 @@ def to(x, dtype: tl.constexpr):
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How kernels multiply: "tf32" for float32 where torch's own matmuls would (`torch.set_float32_matmul_precision`)."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """How kernels multiply float32, for `dot`: "tf32" where torch's own matmuls would, else "ieee"."""
+    return "tf32" if tiles.kind(dtype) == "tf32" else "ieee"
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
@@ -53,4 +55,4 @@ def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
     Every launch of the library goes through here, so that a test can compile all of them ahead of time.
     """
     with torch.cuda.device(args[0].device) if args[0].is_cuda else nullcontext():
-        kernel[grid](*args, **options)
+        tiles.launched(kernel[grid](*args, **options))

@@ -57,20 +57,20 @@ def _store(p_tile, b_tiles, m_row, C: tl.constexpr):
 
 
 @triton.jit
-def _inner(b_x, b_y):
+def _inner(b_x, b_y, PRECISION: tl.constexpr):
     """x @ y^T over all D columns."""
-    b_s = common.dot(b_x[0], tl.trans(b_y[0]))
+    b_s = common.dot(b_x[0], tl.trans(b_y[0]), PRECISION)
     for c in tl.static_range(1, len(b_x)):
-        b_s += common.dot(b_x[c], tl.trans(b_y[c]))
+        b_s += common.dot(b_x[c], tl.trans(b_y[c]), PRECISION)
     return b_s
 
 
 @triton.jit
-def _outer(b_w, b_x):
+def _outer(b_w, b_x, PRECISION: tl.constexpr):
     """w @ x, tile by tile of columns."""
     b_tiles = ()
     for c in tl.static_range(len(b_x)):
-        b_tiles = b_tiles + (common.dot(b_w, b_x[c]),)
+        b_tiles = b_tiles + (common.dot(b_w, b_x[c], PRECISION),)
     return b_tiles
 
 
@@ -100,21 +100,10 @@ def _zeros(ROWS: tl.constexpr, D: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _scores(b_q, b_k, scale):
-    """Scores with the sign of the scale, not its size: their maximum is that of the scaled ones."""
-    return _inner(b_q, b_k) * tl.where(scale < 0, -1.0, 1.0)
-
-
-@triton.jit
-def _factor(scale):
-    """What turns a difference of `_scores` into an exponent of 2."""
-    return tl.abs(scale) * common.LOG2E
-
-
-@triton.jit
-def _weights(b_s, b_max, m_pair, scale):
-    """exp(score - maximum), 0 where hidden. Scaled after the subtraction, to round the small number and not the large."""
-    return tl.exp2(tl.where(m_pair, (b_s - b_max[:, None]) * _factor(scale), common.HIDDEN))
+def _scores(b_q, b_k, m_pair, scale, PRECISION: tl.constexpr):
+    """Scores in base 2 where the pair may see each other. The select keeps a later `- maximum` from being fused with the
+    product, so that the winner of a row has the weight 1 exactly."""
+    return tl.where(m_pair, _inner(b_q, b_k, PRECISION) * (scale * common.LOG2E), common.HIDDEN)
 
 
 # ---------------------------------------------------------------------------------------------------------------- packed
@@ -123,11 +112,13 @@ def _weights(b_s, b_max, m_pair, scale):
 @triton.jit
 def _packed_rows(T, N, H, ROWS: tl.constexpr):
     """Which rows a program owns: batch, head, and per row its tube within the tile, its token, whether it is real."""
-    pack = ROWS // T
+    # x // T for x and T up to 2**8, as x * inverse >> 16: a division costs 20 instructions for each column of a thread.
+    inverse = tl.cdiv(65536, T)
+    pack = ROWS * inverse >> 16
     count = tl.cdiv(N, pack)
     i_bh = tl.program_id(0) // count
     o_row = tl.arange(0, ROWS)
-    o_tube = o_row // T
+    o_tube = o_row * inverse >> 16
     o_n = (tl.program_id(0) % count) * pack + o_tube
     o_token = (o_row - o_tube * T) * N + o_n
     # int64: the offset of a batch row passes 2^31, and with unusual strides so does that of a token or a head.
@@ -135,56 +126,71 @@ def _packed_rows(T, N, H, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _packed_weights(b_q, b_k, o_tube, scale):
+def _packed_weights(b_q, b_k, o_tube, scale, PRECISION: tl.constexpr):
     """The softmax before division, and its row sums. Spare tubes are zeros that see each other: no row is empty."""
-    m_pair = o_tube[:, None] == o_tube[None]
-    b_s = _scores(b_q, b_k, scale)
-    b_max = tl.max(tl.where(m_pair, b_s, common.HIDDEN), 1)
-    b_p = _weights(b_s, b_max, m_pair, scale)
+    b_s = _scores(b_q, b_k, o_tube[:, None] == o_tube[None], scale, PRECISION)
+    b_p = tl.exp2(b_s - tl.max(b_s, 1)[:, None])
     return b_p, tl.sum(b_p, 1)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
-def forward_packed(p_qkv, p_out, qkv_sb, qkv_ss, qkv_s3, qkv_sh, scale, T, N, H, D: tl.constexpr, ROWS: tl.constexpr):
+def forward_packed(
+    p_qkv, p_out, qkv_sb, qkv_ss, qkv_s3, qkv_sh, scale, T, N, H, D: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr
+):
     i_b, i_h, o_tube, o_token, m_row = _packed_rows(T, N, H, ROWS)
     C: tl.constexpr = D & -D
     o_c = tl.arange(0, C)[None]
 
     p_q = p_qkv + i_b * qkv_sb + i_h * qkv_sh + o_token[:, None] * qkv_ss + o_c
+    b_v = _load(p_q + qkv_s3 + qkv_s3, m_row, D, C)
     b_q = _load(p_q, m_row, D, C)
     b_k = _load(p_q + qkv_s3, m_row, D, C)
-    b_v = _load(p_q + qkv_s3 + qkv_s3, m_row, D, C)
 
-    b_p, b_sum = _packed_weights(b_q, b_k, o_tube, scale)
-    b_out = _scaled(_outer(common.to(b_p, b_q[0].dtype), b_v), 1 / b_sum)
+    b_p, b_sum = _packed_weights(b_q, b_k, o_tube, scale, PRECISION)
+    b_out = _scaled(_outer(common.to(b_p, b_q[0].dtype), b_v, PRECISION), 1 / b_sum)
     _store(p_out + ((i_b * T * N + o_token[:, None]) * H + i_h) * D + o_c, b_out, m_row, C)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
-def backward_packed(p_do, p_qkv, p_dqkv, qkv_sb, qkv_ss, qkv_s3, qkv_sh, scale, T, N, H, D: tl.constexpr, ROWS: tl.constexpr):
+def backward_packed(
+    p_do,
+    p_qkv,
+    p_dqkv,
+    qkv_sb,
+    qkv_ss,
+    qkv_s3,
+    qkv_sh,
+    scale,
+    T,
+    N,
+    H,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     i_b, i_h, o_tube, o_token, m_row = _packed_rows(T, N, H, ROWS)
     C: tl.constexpr = D & -D
     o_c = tl.arange(0, C)[None]
     o_out = i_b * T * N + o_token[:, None]  # row in the contiguous gradients
 
     p_q = p_qkv + i_b * qkv_sb + i_h * qkv_sh + o_token[:, None] * qkv_ss + o_c
-    b_q = _load(p_q, m_row, D, C)
-    b_k = _load(p_q + qkv_s3, m_row, D, C)
     b_v = _load(p_q + qkv_s3 + qkv_s3, m_row, D, C)
     b_do = _load(p_do + (o_out * H + i_h) * D + o_c, m_row, D, C)
+    b_q = _load(p_q, m_row, D, C)
+    b_k = _load(p_q + qkv_s3, m_row, D, C)
 
     # The gradient of a spare row's output reads as zero, and so are its dP, delta and dS: it adds nothing to dK and dV.
-    b_p, b_sum = _packed_weights(b_q, b_k, o_tube, scale)
+    b_p, b_sum = _packed_weights(b_q, b_k, o_tube, scale, PRECISION)
     b_p = b_p * (1 / b_sum)[:, None]
-    b_dp = _inner(b_do, b_v)
+    b_dp = _inner(b_do, b_v, PRECISION)
     b_delta = tl.sum(b_p * b_dp, 1)
     b_ds = common.to(b_p * (b_dp - b_delta[:, None]) * scale, b_q[0].dtype)
     b_p = common.to(b_p, b_q[0].dtype)
 
     p_dq = p_dqkv + (o_out * 3 * H + i_h) * D + o_c
-    _store(p_dq, _outer(b_ds, b_k), m_row, C)
-    _store(p_dq + H * D, _outer(tl.trans(b_ds), b_q), m_row, C)
-    _store(p_dq + 2 * H * D, _outer(tl.trans(b_p), b_do), m_row, C)
+    _store(p_dq, _outer(b_ds, b_k, PRECISION), m_row, C)
+    _store(p_dq + H * D, _outer(tl.trans(b_ds), b_q, PRECISION), m_row, C)
+    _store(p_dq + 2 * H * D, _outer(tl.trans(b_p), b_do, PRECISION), m_row, C)
 
 
 # ------------------------------------------------------------------------------------------------------------------ long
@@ -220,6 +226,7 @@ def forward_long(
     D: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     i_b, i_h, i_n, i_t = _long_place(T, N, H, ROWS)
     C: tl.constexpr = D & -D
@@ -236,12 +243,12 @@ def forward_long(
         p_k = p_tube + o_key * qkv_ss + qkv_s3
         b_k = _load(p_k, m_key, D, C)
         b_v = _load(p_k + qkv_s3, m_key, D, C)
-        b_s = _scores(b_q, b_k, scale)
-        b_new = tl.maximum(b_max, tl.max(tl.where(m_key[None], b_s, common.HIDDEN), 1))
-        b_old = tl.exp2((b_max - b_new) * _factor(scale))
-        b_p = _weights(b_s, b_new, m_key[None], scale)
+        b_s = _scores(b_q, b_k, m_key[None], scale, PRECISION)
+        b_new = tl.maximum(b_max, tl.max(b_s, 1))
+        b_old = tl.exp2(b_max - b_new)
+        b_p = tl.exp2(b_s - b_new[:, None])
         b_sum = b_sum * b_old + tl.sum(b_p, 1)
-        b_out = _plus(_scaled(b_out, b_old), _outer(common.to(b_p, b_q[0].dtype), b_v))
+        b_out = _plus(_scaled(b_out, b_old), _outer(common.to(b_p, b_q[0].dtype), b_v, PRECISION))
         b_max = b_new
     _store(p_out + ((i_b * T * N + o_token) * H + i_h) * D + o_c, _scaled(b_out, 1 / b_sum), m_row, C)
 
@@ -263,6 +270,7 @@ def backward_long_queries(
     D: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """dQ of a tile of query rows, and for `backward_long_keys` their maximum, 1 / sum and delta, (B, H, N, 3, T)."""
     i_b, i_h, i_n, i_t = _long_place(T, N, H, ROWS)
@@ -284,12 +292,12 @@ def backward_long_queries(
         p_k = p_tube + o_key * qkv_ss + qkv_s3
         b_k = _load(p_k, m_key, D, C)
         b_v = _load(p_k + qkv_s3, m_key, D, C)
-        b_s = _scores(b_q, b_k, scale)
-        b_new = tl.maximum(b_max, tl.max(tl.where(m_key[None], b_s, common.HIDDEN), 1))
-        b_old = tl.exp2((b_max - b_new) * _factor(scale))
-        b_p = _weights(b_s, b_new, m_key[None], scale)
+        b_s = _scores(b_q, b_k, m_key[None], scale, PRECISION)
+        b_new = tl.maximum(b_max, tl.max(b_s, 1))
+        b_old = tl.exp2(b_max - b_new)
+        b_p = tl.exp2(b_s - b_new[:, None])
         b_sum = b_sum * b_old + tl.sum(b_p, 1)
-        b_delta = b_delta * b_old + tl.sum(b_p * _inner(b_do, b_v), 1)
+        b_delta = b_delta * b_old + tl.sum(b_p * _inner(b_do, b_v, PRECISION), 1)
         b_max = b_new
     b_norm = 1 / b_sum
     b_delta *= b_norm
@@ -305,9 +313,9 @@ def backward_long_queries(
         p_k = p_tube + o_key * qkv_ss + qkv_s3
         b_k = _load(p_k, m_key, D, C)
         b_v = _load(p_k + qkv_s3, m_key, D, C)
-        b_p = _weights(_scores(b_q, b_k, scale), b_max, m_key[None], scale) * b_norm[:, None]
-        b_ds = b_p * (_inner(b_do, b_v) - b_delta[:, None]) * scale
-        b_dq = _plus(b_dq, _outer(common.to(b_ds, b_q[0].dtype), b_k))
+        b_p = tl.exp2(_scores(b_q, b_k, m_key[None], scale, PRECISION) - b_max[:, None]) * b_norm[:, None]
+        b_ds = b_p * (_inner(b_do, b_v, PRECISION) - b_delta[:, None]) * scale
+        b_dq = _plus(b_dq, _outer(common.to(b_ds, b_q[0].dtype), b_k, PRECISION))
     _store(p_dqkv + (o_out * 3 * H + i_h) * D + o_c, b_dq, m_row, C)
 
 
@@ -328,6 +336,7 @@ def backward_long_keys(
     D: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """dK and dV of a tile of key rows, walking over the tube's query rows. Runs after `backward_long_queries`."""
     i_b, i_h, i_n, i_t = _long_place(T, N, H, KEYS)
@@ -349,22 +358,16 @@ def backward_long_keys(
         b_max = tl.load(p_row + i_row, mask=m_row, other=0.0)
         b_norm = tl.load(p_row + i_row + T, mask=m_row, other=0.0)
         b_delta = tl.load(p_row + i_row + 2 * T, mask=m_row, other=0.0)
-        b_p = _weights(_scores(b_q, b_k, scale), b_max, m_key[None], scale) * b_norm[:, None]
-        b_ds = b_p * (_inner(b_do, b_v) - b_delta[:, None]) * scale
-        b_dk = _plus(b_dk, _outer(tl.trans(common.to(b_ds, b_k[0].dtype)), b_q))
-        b_dv = _plus(b_dv, _outer(tl.trans(common.to(b_p, b_k[0].dtype)), b_do))
+        b_p = tl.exp2(_scores(b_q, b_k, m_key[None], scale, PRECISION) - b_max[:, None]) * b_norm[:, None]
+        b_ds = b_p * (_inner(b_do, b_v, PRECISION) - b_delta[:, None]) * scale
+        b_dk = _plus(b_dk, _outer(tl.trans(common.to(b_ds, b_k[0].dtype)), b_q, PRECISION))
+        b_dv = _plus(b_dv, _outer(tl.trans(common.to(b_p, b_k[0].dtype)), b_do, PRECISION))
     p_dk = p_dqkv + ((i_b * T * N + o_token) * 3 * H + H + i_h) * D + o_c
     _store(p_dk, b_dk, m_key, C)
     _store(p_dk + H * D, b_dv, m_key, C)
 
 
 # ------------------------------------------------------------------------------------------------------------------ host
-
-
-def _packing(kernel: str, qkv: torch.Tensor, T: int) -> tiles.Tile | None:
-    """The smallest tile of a packed kernel that holds a whole tube; None where the tube is too long for all of them."""
-    fitting = [tile for tile in tiles.lookup(kernel, qkv.device, qkv.dtype, qkv.shape[-1]) if tile.rows >= T]
-    return fitting[0] if fitting else None
 
 
 def forward(qkv: torch.Tensor, layout: TokenLayout, scale: float) -> torch.Tensor:
@@ -382,13 +385,14 @@ def forward(qkv: torch.Tensor, layout: TokenLayout, scale: float) -> torch.Tenso
     T, N = layout.frames, layout.patches
     out = torch.empty(B, tokens, H, D, dtype=qkv.dtype, device=qkv.device)
     args = (qkv, out, *qkv.stride()[:4], float(scale), T, N, H)
-    if tile := _packing("tube_forward", qkv, T):
+    if tile := tiles.holding("tube_forward", qkv.device, qkv.dtype, D, T):
         grid = (B * H * triton.cdiv(N, tile.rows // T),)
-        common.launch(forward_packed, grid, *args, D=D, ROWS=tile.rows, num_warps=tile.warps)
+        sizes = {"D": D, "ROWS": tile.rows, "PRECISION": common.precision(qkv.dtype)}
+        common.launch(forward_packed, grid, *args, **sizes, num_warps=tile.warps)
     else:
         (tile,) = tiles.lookup("tube_forward_long", qkv.device, qkv.dtype, D)
         grid = (B * H * N * triton.cdiv(T, tile.rows),)
-        sizes = {"D": D, "ROWS": tile.rows, "KEYS": tile.keys}
+        sizes = {"D": D, "ROWS": tile.rows, "KEYS": tile.keys, "PRECISION": common.precision(qkv.dtype)}
         common.launch(forward_long, grid, *args, **sizes, num_warps=tile.warps, num_stages=tile.stages)
     return out
 
@@ -407,9 +411,9 @@ def backward(grad_out: torch.Tensor, qkv: torch.Tensor, layout: TokenLayout, sca
     T, N = layout.frames, layout.patches
     dqkv = torch.empty(B, tokens, 3, H, D, dtype=qkv.dtype, device=qkv.device)
     args = (*qkv.stride()[:4], float(scale), T, N, H)
-    if tile := _packing("tube_backward", qkv, T):
+    if tile := tiles.holding("tube_backward", qkv.device, qkv.dtype, D, T):
         grid = (B * H * triton.cdiv(N, tile.rows // T),)
-        sizes = {"D": D, "ROWS": tile.rows}
+        sizes = {"D": D, "ROWS": tile.rows, "PRECISION": common.precision(qkv.dtype)}
         common.launch(backward_packed, grid, grad_out, qkv, dqkv, *args, **sizes, num_warps=tile.warps)
     else:
         stat = torch.empty(B, H, N, 3, T, dtype=torch.float32, device=qkv.device)
@@ -417,7 +421,7 @@ def backward(grad_out: torch.Tensor, qkv: torch.Tensor, layout: TokenLayout, sca
             (tile,) = tiles.lookup(name, qkv.device, qkv.dtype, D)
             owned = tile.rows if kernel is backward_long_queries else tile.keys
             grid = (B * H * N * triton.cdiv(T, owned),)
-            sizes = {"D": D, "ROWS": tile.rows, "KEYS": tile.keys}
+            sizes = {"D": D, "ROWS": tile.rows, "KEYS": tile.keys, "PRECISION": common.precision(qkv.dtype)}
             options = {"num_warps": tile.warps, "num_stages": tile.stages}
             common.launch(kernel, grid, grad_out, qkv, dqkv, stat, *args, **sizes, **options)
     return dqkv

@@ -1,9 +1,9 @@
 """Compile what the Triton kernels' host functions would launch, for a GPU that need not be there, and report its cost.
 
 Reads a JSON list of cases from stdin, {"family": "tube" or "hierarchical", "arch": 80 or 90, "dtype": "float16", "D": 64,
-"B": 2, "T": 12, "N": 49, "H": 12}, and prints a JSON list of one row a launch: the case, and kernel, hash (equal for
-launches of one compiled kernel), rows (of its tile), registers, spill (bytes of stack a thread), shared (bytes a program)
-and warps.
+"B": 2, "T": 12, "N": 49, "H": 12, "tf32": whether torch multiplies float32 so}, and prints a JSON list of one row a launch:
+the case, and kernel, hash (equal for launches of one compiled kernel), rows (of its tile), registers, spill (bytes of stack
+a thread), shared (bytes a program) and warps.
 
 The modules' own forward() and backward() run on meta tensors, with `triton_common.launch` replaced by a compilation, so
 what is compiled is what ships. A script and not a fixture, because nothing compiles in a process where Triton interprets.
@@ -83,6 +83,7 @@ def compile_case(case: dict) -> list[dict]:
         )
 
     triton.runtime.driver.set_active(OfflineDriver(case["arch"]))
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if case["tf32"] else "ieee"
     tiles.DEFAULT_ARCH = case["arch"]
     triton_common.launch = record
 
@@ -107,7 +108,7 @@ def compile_cases(cases: list[dict]) -> list[dict]:
 if __name__ == "__main__":
     cases = json.load(sys.stdin)
     # Cases that share compiled kernels stay in one process, which then compiles them once.
-    kind = lambda case: (case["D"], case["family"], case["dtype"], case["arch"])  # noqa: E731
+    kind = lambda case: (case["D"], case["family"], case["dtype"], case["tf32"], case["arch"])  # noqa: E731
     batches = [list(batch) for _, batch in itertools.groupby(sorted(cases, key=kind, reverse=True), key=kind)]
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         json.dump([row for rows in pool.map(compile_cases, batches) for row in rows], sys.stdout)

@@ -17,7 +17,7 @@ from vidla_kernels import tiles
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may have (CUDA C++ Programming Guide, compute capabilities)
 # (T, N) of every shape class. Tubes: up to 16, 32, 64, 128 rows, and beyond. Frames: B/32's 49 patches, B/16's 196.
 SHAPES = {"tube": ((12, 49), (24, 49), (48, 49), (96, 49), (192, 49)), "hierarchical": ((12, 49), (12, 196))}
-KINDS = [(dtype, D) for dtype in ("bfloat16", "float32") for D in tiles.HEAD_DIMS] + [("float16", 64)]
+KINDS = [(dtype, D) for dtype in ("bfloat16", "float32", "tf32") for D in tiles.HEAD_DIMS] + [("float16", 64)]
 
 
 def compile_cases(cases: list[dict]) -> list[dict]:
@@ -34,8 +34,9 @@ def compile_cases(cases: list[dict]) -> list[dict]:
     return json.loads(result.stdout)
 
 
-def case(family: str, arch: int, dtype: str, D: int, *, B: int = 2, T: int = 12, N: int = 49, H: int = 12) -> dict:
-    return {"family": family, "arch": arch, "dtype": dtype, "D": D, "B": B, "T": T, "N": N, "H": H}
+def case(family: str, arch: int, kind: str, D: int, *, B: int = 2, T: int = 12, N: int = 49, H: int = 12) -> dict:
+    dtype, tf32 = ("float32", True) if kind == "tf32" else (kind, False)
+    return {"family": family, "arch": arch, "dtype": dtype, "tf32": tf32, "D": D, "B": B, "T": T, "N": N, "H": H}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def shipped() -> list[dict]:
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
 @pytest.mark.parametrize("family", SHAPES)
 def test_nothing_spills_and_shared_memory_fits(shipped: list[dict], family: str, arch: int, dtype: str, D: int) -> None:
-    wanted = {"family": family, "arch": arch, "dtype": dtype, "D": D}
+    wanted = {name: case(family, arch, dtype, D)[name] for name in ("family", "arch", "dtype", "tf32", "D")}
     rows = [row for row in shipped if wanted.items() <= row.items()]
     wrong = [row for row in rows if row["spill"] or row["shared"] > SHARED_LIMIT[arch]]
     columns = ("kernel", "T", "N", "rows", "warps", "registers", "spill", "shared")
@@ -66,25 +67,47 @@ def test_nothing_spills_and_shared_memory_fits(shipped: list[dict], family: str,
 
 
 def test_every_tile_of_the_packed_kernels_is_compiled(shipped: list[dict]) -> None:
-    compiled = {(row["kernel"], row["arch"], row["dtype"], row["D"], row["rows"], row["warps"]) for row in shipped}
+    columns = ("kernel", "arch", "dtype", "tf32", "D", "rows", "warps")
+    compiled = {tuple(row[name] for name in columns) for row in shipped}
     for arch in SHARED_LIMIT:
-        for dtype, D in KINDS:
+        for kind, D in KINDS:
+            dtype, tf32 = (case("tube", arch, kind, D)[name] for name in ("dtype", "tf32"))
             for kernel, name in (("tube_forward", "forward_packed"), ("tube_backward", "backward_packed")):
-                choice = tiles.TABLE[kernel, arch, "fp32" if dtype == "float32" else "half", D]
-                assert {(name, arch, dtype, D, tile.rows, tile.warps) for tile in choice} <= compiled
+                choice = tiles.TABLE[kernel, arch, {"float32": "fp32", "tf32": "tf32"}.get(kind, "half"), D]
+                assert {(name, arch, dtype, tf32, D, tile.rows, tile.warps) for tile in choice} <= compiled
 
 
-# What is a runtime value: B everywhere, T within a shape class, and in tube attention also N and H.
+# What is a runtime value: B everywhere, T within a class, and in tube attention also N and H. The classes are those of
+# `tiles.CLASSES`, whose first and last members must share a kernel.
 SIZES = {
-    "tube": [{"T": T} for T in (1, 2, 16, 33, 64)] + [{"N": N} for N in (1, 196, 256)] + [{"H": H} for H in (1, 16)],
-    "hierarchical": [{"T": T} for T in (1, 2, 16, 33)],
+    "tube": [{"N": N} for N in (1, 196, 256)] + [{"H": H} for H in (1, 16)],
+    "hierarchical": [{"T": T} for T in (1, 2, 16, 33, 100)],
 }
 
 
+def compiled_anew(cases: list[dict]) -> list[tuple]:
+    """Launches of a kernel that is not the one that the first case's launch of that name compiled."""
+    first = {}
+    rows = [row for row in compile_cases(cases) if first.setdefault(row["kernel"], row["hash"]) != row["hash"]]
+    return [(row["kernel"], *(f"{name}={row[name]}" for name in "BTNH")) for row in rows]
+
+
+@pytest.mark.parametrize("kind", ["float16", "tf32"])
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
 @pytest.mark.parametrize("family", SHAPES)
-def test_other_sizes_compile_nothing_new(family: str) -> None:
+def test_other_sizes_compile_nothing_new(family: str, arch: int, kind: str) -> None:
     sizes = [{}, *SIZES[family], *({"B": B} for B in (1, 16, 33))]
-    rows = compile_cases([case(family, 90, "float16", 32, **size) for size in sizes])
-    first = {}  # by kernel, the row of the base size
-    new = [row for row in rows if first.setdefault(row["kernel"], row)["hash"] != row["hash"]]
-    assert not new, [(row["kernel"], *(f"{name}={row[name]}" for name in "BTNH")) for row in new]
+    assert not compiled_anew([case(family, arch, kind, 32, **size) for size in sizes])
+
+
+@pytest.mark.parametrize("longest", tiles.CLASSES)
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+def test_a_class_of_tubes_shares_its_kernels(arch: int, longest: int) -> None:
+    """Bucketed clips: every T from one class's end to the next launches the same kernels, whatever B is."""
+    before = [end for end in tiles.CLASSES if end < longest]
+    lengths = {(before or [0])[-1] + 1, longest // 2 + 2, longest - 1, longest}
+    assert not compiled_anew([case("tube", arch, "float16", 64, T=T, B=B) for T in sorted(lengths) for B in (2, 31)])
+
+
+def test_the_count_sees_a_new_kernel() -> None:
+    assert compiled_anew([case("tube", 80, "float16", 32), case("tube", 80, "float16", 64)])

@@ -16,13 +16,13 @@ from .check import check
 FIXED = [(op, case) for op in OPS for case in (*CASES, *(TUBE_CASES if op == "tube" else ()))]
 
 
-def skip_if_refused(backend: str, case: Case, device: torch.device) -> None:
-    if reason := backends.refuses(backend, backends.Case(device, case.dtype, case.head_dim, case.layout)):
+def skip_if_refused(op: str, backend: str, case: Case, device: torch.device) -> None:
+    if reason := backends.refuses(backend, backends.Case(device, case.dtype, case.head_dim, case.layout, op)):
         pytest.skip(reason)
 
 
 def compare(op: str, backend: str, case: Case, device: torch.device) -> None:
-    skip_if_refused(backend, case, device)
+    skip_if_refused(op, backend, case, device)
     qkv, grad = case.draw(op, device)
     gold = run(op, qkv.double(), grad.double(), case.layout, "reference")
     dense = dense_runs(op, qkv, grad, case.layout)
@@ -57,7 +57,7 @@ def test_random_cases(backend, op, number, device, seed):
 def test_one_hot(backend, op, dtype, device, seed):
     """Scores of 10**5: the output is the winner's value exactly, without an overflow, where one key clearly wins."""
     case = Case(TokenLayout(4, 19), dtype=dtype, magnitude=200.0)
-    skip_if_refused(backend, case, device)
+    skip_if_refused(op, backend, case, device)
     qkv, _ = case.draw(op, device)
     mask = case.layout.tube_mask(device) if op == "tube" else case.layout.mask(device)
     q, k, v = qkv.double().permute(2, 0, 3, 1, 4)
