@@ -24,7 +24,7 @@ _attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_ba
 _no_autocast = torch.autocast("cpu", enabled=False)
 
 # Rows of q that a thread takes at a time in tube attention: q, k, v and their like then fit its second-level cache.
-_ROWS = 1024
+_ROWS = 4096
 
 
 def tube(qkv: torch.Tensor, layout: TokenLayout, scale: float) -> torch.Tensor:
