@@ -8,7 +8,8 @@ packed (T fits a tile)  A program owns ROWS // T neighbouring tubes of one (batc
     Spare rows at the end of a tile read as zeros and are never stored.
 long (T exceeds every tile)  A program owns one tile of one tube's rows and walks over the tube's others, with the usual
     running maximum. The backward is two launches, one owning query rows, one owning key rows; the first leaves each row's
-    maximum, sum and delta (12 bytes a row and head) for the second.
+    maximum, sum and delta (12 bytes a row and head) for the second. (One launch needs dK and dV of all keys in registers,
+    beside scores of all keys: tried with 128 keys, it spills on sm_80 and is predicted slower than a 128-row tile on sm_90.)
 
 Backward: needs qkv and the output's gradient alone. P is computed again, and delta = rowsum(P * dP) replaces the product of
 the output with its gradient, so the forward saves nothing. The packed form is one launch that reads every row once.
@@ -18,11 +19,10 @@ A row of D columns is held as D / C tiles of C columns, C being the largest powe
 96 is 3 x 32, with no padded column to load, mask or multiply.
 
 T, N and H are runtime values: a kernel is compiled per dtype, D and tile (tiles.py). A new T compiles something only when
-it is the first in its class: in half precision up to 64 frames (A100's backward: 32, then 64), on H100 then 128, then long;
-in fp32 up to 32 frames (16 from D=80), then long.
+it is the first that needs its tile. float32 is multiplied at full precision or in TF32, as torch's setting says.
 
 Bound by memory: 4 units of B*T*N*H*D elements forward, 7 backward, all compulsory in the packed form. A prototype of that
-form with the same tiles, timed on an H100 80GB (Triton 3.6, bf16, D=64, H=12, B=32, T=12), took 1.06 (forward) and 1.05
+form with tiles of 64 rows, timed on an H100 80GB (Triton 3.6, bf16, D=64, H=12, B=32, T=12), took 1.06 (forward) and 1.05
 (backward) of the time to move those bytes at N=196, and 1.29 and 1.13 at N=49. This file itself has not been timed.
 """
 
@@ -142,6 +142,7 @@ def forward_packed(
     o_c = tl.arange(0, C)[None]
 
     p_q = p_qkv + i_b * qkv_sb + i_h * qkv_sh + o_token[:, None] * qkv_ss + o_c
+    # v, needed last, is asked for first: else the compiler lets its loads wait for q and k.
     b_v = _load(p_q + qkv_s3 + qkv_s3, m_row, D, C)
     b_q = _load(p_q, m_row, D, C)
     b_k = _load(p_q + qkv_s3, m_row, D, C)
@@ -174,6 +175,7 @@ def backward_packed(
     o_out = i_b * T * N + o_token[:, None]  # row in the contiguous gradients
 
     p_q = p_qkv + i_b * qkv_sb + i_h * qkv_sh + o_token[:, None] * qkv_ss + o_c
+    # As in the forward, what is needed last is asked for first.
     b_v = _load(p_q + qkv_s3 + qkv_s3, m_row, D, C)
     b_do = _load(p_do + (o_out * H + i_h) * D + o_c, m_row, D, C)
     b_q = _load(p_q, m_row, D, C)

@@ -85,29 +85,32 @@ SIZES = {
 }
 
 
-def compiled_anew(cases: list[dict]) -> list[tuple]:
-    """Launches of a kernel that is not the one that the first case's launch of that name compiled."""
-    first = {}
-    rows = [row for row in compile_cases(cases) if first.setdefault(row["kernel"], row["hash"]) != row["hash"]]
-    return [(row["kernel"], *(f"{name}={row[name]}" for name in "BTNH")) for row in rows]
+def compiled_anew(groups: list[list[dict]]) -> list[tuple]:
+    """Launches whose kernel is not the one that the first launch of that name in the same group of cases compiled."""
+    rows = iter(compile_cases([{**case, "group": number} for number, group in enumerate(groups) for case in group]))
+    first, anew = {}, []
+    for row in rows:
+        if first.setdefault((row["group"], row["kernel"]), row["hash"]) != row["hash"]:
+            anew.append((row["kernel"], *(f"{name}={row[name]}" for name in ("arch", "dtype", "tf32", "B", "T", "N", "H"))))
+    return anew
 
 
-@pytest.mark.parametrize("kind", ["float16", "tf32"])
-@pytest.mark.parametrize("arch", SHARED_LIMIT)
 @pytest.mark.parametrize("family", SHAPES)
-def test_other_sizes_compile_nothing_new(family: str, arch: int, kind: str) -> None:
+def test_other_sizes_compile_nothing_new(family: str) -> None:
     sizes = [{}, *SIZES[family], *({"B": B} for B in (1, 16, 33))]
-    assert not compiled_anew([case(family, arch, kind, 32, **size) for size in sizes])
+    kinds = [(arch, kind) for arch in SHARED_LIMIT for kind in ("float16", "tf32")]
+    assert not compiled_anew([[case(family, arch, kind, 32, **size) for size in sizes] for arch, kind in kinds])
 
 
-@pytest.mark.parametrize("longest", tiles.CLASSES)
-@pytest.mark.parametrize("arch", SHARED_LIMIT)
-def test_a_class_of_tubes_shares_its_kernels(arch: int, longest: int) -> None:
+def test_a_class_of_tubes_shares_its_kernels() -> None:
     """Bucketed clips: every T from one class's end to the next launches the same kernels, whatever B is."""
-    before = [end for end in tiles.CLASSES if end < longest]
-    lengths = {(before or [0])[-1] + 1, longest // 2 + 2, longest - 1, longest}
-    assert not compiled_anew([case("tube", arch, "float16", 64, T=T, B=B) for T in sorted(lengths) for B in (2, 31)])
+    groups = []
+    for arch in SHARED_LIMIT:
+        for shorter, longest in zip((0, *tiles.CLASSES), tiles.CLASSES, strict=False):
+            lengths = (shorter + 1, (shorter + longest) // 2, longest)
+            groups.append([case("tube", arch, "float16", 64, T=T, B=B) for T in lengths for B in (2, 31)])
+    assert not compiled_anew(groups)
 
 
 def test_the_count_sees_a_new_kernel() -> None:
-    assert compiled_anew([case("tube", 80, "float16", 32), case("tube", 80, "float16", 64)])
+    assert compiled_anew([[case("tube", 80, "float16", 32, T=T) for T in (32, 33)]])

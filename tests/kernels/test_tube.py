@@ -12,7 +12,8 @@ import torch
 
 from vidla_kernels import TokenLayout, backends, tiles, triton_tube, tube_attention
 
-from .cases import Case
+from .cases import Case, Parts
+from .check import check
 from .test_parity import compare
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="looks into Triton's interpreter")
@@ -115,39 +116,43 @@ def test_any_scale(T, scale, device, seed):
     """Zero makes every key equal, a negative one turns the order of the keys round."""
     case = Case(TokenLayout(T, 3), heads=1, head_dim=32)
     qkv, grad = case.draw("tube", device)
-    grads = []
-    for backend in ("triton", "reference"):
+
+    def run(qkv: torch.Tensor, grad: torch.Tensor, backend: str) -> Parts:
         leaf = qkv.clone().requires_grad_()
         out = tube_attention(leaf, case.layout, scale=scale, backend=backend)
-        out.backward(grad)
-        grads.append((out.detach(), leaf.grad))
-    for ours, want in zip(*grads, strict=True):
-        torch.testing.assert_close(ours, want)
+        return Parts(out.detach(), torch.autograd.grad(out, leaf, grad)[0])
+
+    gold = run(qkv.double(), grad.double(), "reference")
+    check(run(qkv, grad, "triton"), [run(qkv, grad, "reference")], gold, 0, case.dtype)
 
 
-@pytest.mark.parametrize(
-    ("setting", "kind"),
-    [
-        ("pass", "fp32"),
-        ("torch.set_float32_matmul_precision('high')", "tf32"),
-        ("torch.set_float32_matmul_precision('medium')", "tf32"),
-        ("torch.backends.cuda.matmul.allow_tf32 = True", "tf32"),
-        ("torch.backends.cuda.matmul.allow_tf32 = True; torch.backends.cuda.matmul.allow_tf32 = False", "fp32"),
-        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", "tf32"),
-        ("torch.backends.fp32_precision = 'tf32'", "tf32"),
-        ("torch.backends.fp32_precision = 'tf32'; torch.backends.cuda.matmul.fp32_precision = 'ieee'", "fp32"),
-        ("torch.set_float32_matmul_precision('high'); torch.backends.cuda.matmul.fp32_precision = 'ieee'", "fp32"),
-        ("torch.backends.fp32_precision = 'bf16'", "fp32"),
-    ],
-)
-def test_float32_follows_torchs_setting(setting, kind):
+SETTINGS = {
+    "pass": "fp32",
+    "torch.set_float32_matmul_precision('high')": "tf32",
+    "torch.set_float32_matmul_precision('medium')": "tf32",
+    "torch.backends.cuda.matmul.allow_tf32 = True": "tf32",
+    "torch.backends.cuda.matmul.allow_tf32 = True; torch.backends.cuda.matmul.allow_tf32 = False": "fp32",
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'": "tf32",
+    "torch.backends.fp32_precision = 'tf32'": "tf32",
+    "torch.backends.fp32_precision = 'tf32'; torch.backends.cuda.matmul.fp32_precision = 'ieee'": "fp32",
+    "torch.set_float32_matmul_precision('high'); torch.backends.cuda.matmul.fp32_precision = 'ieee'": "fp32",
+    "torch.backends.fp32_precision = 'bf16'": "fp32",
+}
+
+
+def test_float32_follows_torchs_setting():
     """Old and new ways of setting it, and mixtures at which torch's old ways of asking raise; never half precision."""
     code = f"""
-import torch
+import os, torch
 from vidla_kernels import tiles, triton_common
-{setting}
-print(tiles.kind(torch.float32), triton_common.precision(torch.float32))
-print(tiles.kind(torch.float16), triton_common.precision(torch.bfloat16))
+for setting in {list(SETTINGS)!r}:
+    if os.fork() == 0:  # a process for each: some of the settings cannot be taken back
+        exec(setting)
+        single, half = torch.float32, torch.float16
+        print(tiles.kind(single), triton_common.precision(single), tiles.kind(half), triton_common.precision(half), flush=True)
+        os._exit(0)
+    os.wait()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.split() == [kind, "tf32" if kind == "tf32" else "ieee", "half", "ieee"], done.stderr
+    want = [f"{kind} {'tf32' if kind == 'tf32' else 'ieee'} half ieee" for kind in SETTINGS.values()]
+    assert done.stdout.splitlines() == want, done.stderr
