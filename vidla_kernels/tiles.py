@@ -7,6 +7,7 @@ ahead-of-time test, which compiles every row for every architecture and asserts 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -25,12 +26,16 @@ class Tile:
         keys: key rows in a tile.
         warps: warps in a program.
         stages: software pipeline stages of the loop over key tiles (1: no pipeline).
+        registers: most registers a thread may have (0: as many as the compiler likes).
+        programs: how many of them an SM runs at a time, where a launcher cuts its work by that.
     """
 
     rows: int
     keys: int
     warps: int
     stages: int = 1
+    registers: int = 0
+    programs: int = 1
 
 
 # (kernel, architectures, "half" or "fp32", head dimensions) -> tiles, smallest first where a kernel has several to choose
@@ -66,10 +71,12 @@ _ROWS: dict[tuple[str, tuple[int, ...], str, tuple[int, ...]], tuple[Tile, ...]]
     ("tube_backward_keys", (80, 90), "fp32", HEAD_DIMS): (Tile(16, 16, 8),),  # over 4 warps 8 bytes spill at D=80 and 128
     # Hierarchical attention: the largest tiles without spills at N = 49 and 196, Triton 3.8. None of them has been timed.
     # Small tail tiles are cut to fit by the launcher. D=80 and 96 are padded to 128 and behave like it.
-    ("hier_forward", (80,), "half", (32, 64)): (Tile(64, 64, 4, 2),),  # with 32 keys 8 bytes spill at N=49
-    ("hier_forward", (90,), "half", (32, 64)): (Tile(64, 32, 4, 3),),  # 96 to 122 registers
-    ("hier_forward", (80,), "half", (80, 96, 128)): (Tile(32, 32, 4, 2),),
-    ("hier_forward", (90,), "half", (80, 96, 128)): (Tile(64, 32, 4, 3),),
+    ("hier_forward_walk", (80, 90), "half", (32, 64)): (Tile(64, 64, 4, 2, programs=3),),
+    ("hier_forward_resident", (90,), "half", (32, 64)): (Tile(128, 128, 8, registers=128),),
+    ("hier_forward_stream", (80,), "half", (32, 64)): (Tile(128, 32, 4, 3, registers=168),),
+    ("hier_forward_stream", (90,), "half", (32, 64)): (Tile(128, 32, 8, 3, registers=80),),
+    ("hier_forward_stream", (80,), "half", (80, 96, 128)): (Tile(64, 32, 4, 2),),
+    ("hier_forward_stream", (90,), "half", (80, 96, 128)): (Tile(64, 32, 4, 3),),
     ("hier_dq", (80,), "half", (64,)): (Tile(64, 32, 4, 2),),
     ("hier_dq", (90,), "half", (32, 64)): (Tile(64, 32, 4, 2),),
     ("hier_dq", (80,), "half", (32, 80, 96, 128)): (Tile(32, 32, 4),),  # 64 rows, 2 stages at D=32 spill 8 bytes at N=49
@@ -83,8 +90,8 @@ _ROWS: dict[tuple[str, tuple[int, ...], str, tuple[int, ...]], tuple[Tile, ...]]
     ("hier_combine", (80, 90), "half", HEAD_DIMS): (Tile(16, 16, 4, 3),),
     ("hier_finish", (80, 90), "half", HEAD_DIMS): (Tile(16, 16, 4, 3),),
     # fp32: an FMA thread holds whole rows of its operands, so small tiles over many warps.
-    ("hier_forward", (80, 90), "fp32", (32, 64)): (Tile(32, 32, 4),),
-    ("hier_forward", (80, 90), "fp32", (80, 96, 128)): (Tile(16, 32, 8),),
+    ("hier_forward_stream", (80, 90), "fp32", (32, 64)): (Tile(32, 32, 4),),
+    ("hier_forward_stream", (80, 90), "fp32", (80, 96, 128)): (Tile(16, 32, 8),),
     ("hier_dq", (80, 90), "fp32", (32, 64)): (Tile(32, 32, 8),),
     ("hier_dq", (80, 90), "fp32", (80, 96, 128)): (Tile(16, 16, 8),),
     ("hier_dkv", (80, 90), "fp32", HEAD_DIMS): (Tile(16, 32, 8),),
@@ -120,12 +127,22 @@ def arch(device: torch.device) -> int:
     return 90 if major in (9, 10, 11) else 80  # 12.x (consumer Blackwell) has mma.sync and little shared memory, like 8.x
 
 
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """SMs of a GPU; those of an A100 or H100 for tensors that are on none."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return {80: 108, 90: 132}[DEFAULT_ARCH]
+
+
 def lookup(kernel: str, device: torch.device, dtype: torch.dtype, D: int) -> tuple[Tile, ...]:
     """The configurations of a kernel for tensors of this dtype and head dimension on this device, smallest first.
+
+    Empty for a kernel that has none there, which only kernels with an alternative lack.
 
     Raises:
         ValueError: no row; the message is that of `unsupported`.
     """
     if reason := unsupported(dtype, D):
         raise ValueError(reason)
-    return TABLE[kernel, arch(device), "fp32" if dtype == torch.float32 else "half", D]
+    return TABLE.get((kernel, arch(device), "fp32" if dtype == torch.float32 else "half", D), ())

@@ -42,6 +42,16 @@ def to(x, dtype: tl.constexpr):
     return x.to(dtype)
 
 
+@triton.jit
+def log2(x):
+    """log2 of positive numbers within 2^-22, absolute near 1 and relative elsewhere; tl.log2 is twenty instructions."""
+    if INTERPRET:
+        y = tl.log2(x)
+    else:
+        y = tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    return y
+
+
 def precision(dtype: torch.dtype) -> str:
     """How kernels multiply: "tf32" for float32 where torch's own matmuls would (`torch.set_float32_matmul_precision`)."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
