@@ -166,7 +166,7 @@ def _finish_rows(p_row, p_lse, acc, m, l, m_row, dtype: tl.constexpr, COLS: tl.c
     l = tl.maximum(l, 1e-30)
     share = 1.0 / l
     for i in tl.static_range(len(COLS) - 1):
-        p_i = tl.multiple_of(p_row, 16)[:, None] + (COLS[i] + tl.arange(0, COLS[i + 1] - COLS[i]))[None]
+        p_i = p_row[:, None] + (COLS[i] + tl.arange(0, COLS[i + 1] - COLS[i]))[None]
         b_o = common.to(acc[i] * share[:, None], dtype)
         if m_row is None:
             tl.store(p_i, b_o)
@@ -256,7 +256,8 @@ def _frame_rows(
     S = G + T * N
     p_o = p_out + ((i_b * S + G + f * N) * H + i_h) * D + r * (H * D)
     p_l = p_lse + i_bh * S + G + f * N + r
-    p_row = tl.where(r < N, p_o, p_part + i_bf * G * D + (r - N) * D)
+    # The compiler loses sight of the rows' alignment here, and without it stores number by number.
+    p_row = tl.multiple_of(tl.where(r < N, p_o, p_part + i_bf * G * D + (r - N) * D), 16)
     return p_row, tl.where(r < N, p_l, p_part_lse + i_bf * G + (r - N))
 
 
@@ -833,24 +834,19 @@ def _edges(*parts: tuple[int, int]) -> tuple[int, ...]:
     return (0, *itertools.accumulate(sizes))
 
 
-def _resident_tiles(tile: tiles.Tile, N: int, G: int, keys: int, row_bytes: int) -> dict[str, tuple[int, ...]] | None:
+def _resident_tiles(tile: tiles.Tile, N: int, G: int, keys: int) -> dict[str, tuple[int, ...]] | None:
     """Edges of the row and key tiles of `_resident_kernel`, or None where a frame does not suit it.
 
-    One large key tile, then half ones, lie within the frame's patches; a last one of 16 or 32 holds what is left of them and
-    the summary keys. Two programs must fit an SM's shared memory.
+    The rows are at most two tiles. One large key tile, then half ones, lie within the frame's patches; a last one of 16 or 32
+    holds what is left of them and the summary keys.
     """
     half = tile.keys // 2
-    if tile.keys > N:
-        return None
     halves = (N - tile.keys) // half
     rest = keys - tile.keys - halves * half
-    if not 0 < rest <= 32:
+    if halves < 0 or not 0 < rest <= 32 or 2 * tile.rows < N + G:
         return None
-    whole, rows = divmod(N + G, tile.rows)
-    key_edges = _edges((1, tile.keys), (halves, half), (1, _tail(rest, half)))
-    row_edges = _edges((whole, tile.rows), (rows > 0, max(tile.rows // 2, triton.next_power_of_2(rows))))
-    fits = (2 * key_edges[-1] + row_edges[-1]) * row_bytes <= 113 * 1024
-    return {"ROWS": row_edges, "KEYS": key_edges} if fits else None
+    rows = triton.cdiv(N + G, tile.rows)
+    return {"ROWS": _edges((rows, tile.rows)), "KEYS": _edges((1, tile.keys), (halves, half), (1, _tail(rest, half)))}
 
 
 def forward(qkv: torch.Tensor, layout: TokenLayout, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -922,7 +918,7 @@ def forward(qkv: torch.Tensor, layout: TokenLayout, scale: float) -> tuple[torch
             return out, lse
     else:
         count, shares = T, parts(T)
-        edges = _resident_tiles(resident[0], N, G, N + G - first, D * qkv.element_size()) if resident else None
+        edges = _resident_tiles(resident[0], N, G, N + G - first) if resident else None
         if edges:
             launch(_resident_kernel, B * H * T, resident[0], *shares, *strides, FIRST=first, **edges)
         else:
