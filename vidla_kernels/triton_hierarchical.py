@@ -6,15 +6,22 @@ the frame's patches, and patch rows see the summary keys besides. So a frame is 
 last corner, summary rows by summary keys, is hidden. That corner is attention over summary tokens alone; it doesn't belong
 to a frame and is done once a head by the small kernel that also joins the frames.
 
-Forward
-  _forward_kernel   Owns one tile of query rows of one (frame, head, batch). Reads its q once and every key and value of the
-                    frame once; the row tiles of a frame lie next to each other in the grid and share them through L2. Keeps
-                    q, the output in fp32 and the running maximum and sum on chip. Patch rows end here. For a summary row it
-                    writes the frame's share of the softmax (output not yet divided, maximum, sum) in fp32. The last patches
-                    and the summary rows share a tile, so summary rows cost no further pass over keys and values.
-  _combine_kernel   Owns a tile of summary rows of one (head, batch): the summary corner, then the shares of the frames it
-                    sees, in frame order.
-  Whole tiles of patch keys carry no masks. What is left of the frame and the summary keys form the tail tiles, which do.
+Forward: three cuts of the same work, by the shape of a frame and the architecture (tiles.py), and a kernel that joins.
+  _walk_kernel      Frames of up to 64 rows (B/32: 49 + 13). Owns consecutive frames of one (head, batch), all of them where
+                    the batch fills the GPU; a frame is one tile of rows by one of keys, read once, the next frame on its way
+                    meanwhile. Patch rows start anew in each frame. Summary rows carry their softmax from frame to frame in
+                    registers, the first program's from the summary corner on: with one program a head nothing is left to join.
+  _resident_kernel  Frames of two row tiles, on wgmma (B/16: 196 + 13 rows by 196 + 12 keys, tiled 128, 128 by 128, 64, 16).
+                    Owns one (frame, head, batch). Reads q, keys and values once into shared memory, where wgmma takes its
+                    operands. A row tile folds a key tile at a time, the last two together.
+  _stream_kernel    All others, and mma.sync, which would copy resident keys to registers. Owns one tile of query rows of one
+                    (frame, head, batch) and walks over the frame's keys, the masked tail first; the row tiles of a frame lie
+                    next to each other in the grid and share its keys through L2.
+  _combine_kernel   Owns a tile of summary rows of one (head, batch): the summary corner, then the programs' shares, in order.
+  Patch keys carry no mask; what is left of the frame and the summary keys form the tail, which does where it must. A score
+  costs one fused multiply-add before its exponential: maxima are taken before scaling, all is in base 2. For a summary row
+  the kernels write a share of the softmax in place of a result: its output among these keys, divided and rounded like any
+  output, and its log-sum-exp. So all rows of a tile end alike, and summary rows cost no pass of their own.
 
 Backward, P recomputed from the log-sum-exp that the forward saved
   _dq_kernel        The forward's grid. delta = rowsum(dO * O), kept for the next two kernels; dQ of its rows.
@@ -23,7 +30,8 @@ Backward, P recomputed from the log-sum-exp that the forward saved
                     shares in frame order: dQ of summary rows, dK and dV of summary keys.
 
 Reduction: every element has one owner, what is summed over frames is summed in frame order. No atomics, the same bits every
-run. Shares of summary tokens take B*H*T*G*(D+2) floats in the forward and 3*B*H*T*G*D in the backward: linear in T.
+run. Shares of summary tokens take B*H*T*G output rows in the forward (fewer in the walk) and 3*B*H*T*G*D floats in the
+backward: linear in T.
 """
 
 from __future__ import annotations
