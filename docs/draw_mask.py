@@ -22,7 +22,7 @@ import torch
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch, Rectangle
 
-from vidla_kernels import TokenLayout, tiles
+from vidla_kernels import TokenLayout, tiles, triton_hierarchical
 
 TOY = TokenLayout(frames=4, patches=4, levels=2, tokens_per_level=1, temporal_scale=2)  # the paper's Figure 3
 B32, B16 = TokenLayout(frames=12, patches=49), TokenLayout(frames=12, patches=196)
@@ -135,7 +135,8 @@ def draw_b32(path: Path) -> None:
 def draw_tiles(path: Path) -> None:
     """Frame 1 of B/16: rows are its patches and the summary rows, columns its patches and the summary keys patches see."""
     frame, N, G, first = 1, B16.patches, B16.num_summary, B16.first_key_of_patches
-    tile = tiles.TABLE["hier_forward", 90, "half", 64][0]
+    tile = tiles.TABLE["hier_forward_resident", 90, "half", 64][0]
+    edges = triton_hierarchical._resident_tiles(tile, N, G, N + G - first)
     own = torch.arange(N) + G + frame * N
     query, key = torch.cat([own, torch.arange(G)]), torch.cat([own, torch.arange(first, G)])
     cells = kinds(B16)[query][:, key]
@@ -146,18 +147,18 @@ def draw_tiles(path: Path) -> None:
     corner = {"facecolor": "none", "edgecolor": GREY, "hatch": "////", "linewidth": 0}
     axes.add_patch(Rectangle((N - 0.5, N - 0.5), G - first, G, **corner))
 
-    whole = N // tile.keys
-    rows = [*range(0, len(query), tile.rows), len(query)]
-    columns = [*range(0, whole * tile.keys + 1, tile.keys), len(key)]
+    rows = [min(edge, len(query)) for edge in edges["ROWS"]]
+    columns = [min(edge, len(key)) for edge in edges["KEYS"]]
     for edge in rows:
         axes.plot([-0.5, len(key) - 0.5], [edge - 0.5] * 2, color=INK, linewidth=2)
     for edge in columns:
         axes.plot([edge - 0.5] * 2, [-0.5, len(query) - 0.5], color=INK, linewidth=2 if edge in (0, columns[-1]) else 0.9)
     above = {"ha": "center", "va": "bottom", "fontsize": 10.5}
-    axes.text(whole * tile.keys / 2, -3, f"{whole} whole tiles of {tile.keys} keys: no mask", **above)
+    for left, right in itertools.pairwise(columns[:-1]):
+        axes.text((left + right) / 2, -3, f"{right - left} keys:\nno mask", **above)
     axes.text((columns[-2] + columns[-1]) / 2, -3, "tail:\nmasked", **above)
     for i, (top, bottom) in enumerate(itertools.pairwise(rows)):
-        axes.text(len(key) + 2, (top + bottom) / 2, f"program {i}", va="center", fontsize=10.5)
+        axes.text(len(key) + 2, (top + bottom) / 2, f"tile {i}", va="center", fontsize=10.5)
     axes.set_yticks([N / 2, N + G / 2], [f"{N} patch rows\nof frame {frame}", f"{G} summary\nrows"], fontsize=10.5)
     axes.set_xticks([N / 2, N + (G - first) / 2], [f"{N} patch keys of frame {frame}", f"{G - first} MST\nkeys"], fontsize=10.5)
     axes.tick_params(length=0)
@@ -165,12 +166,13 @@ def draw_tiles(path: Path) -> None:
     axes.set_ylim(len(query) + 1, -2)
     for side in axes.spines.values():
         side.set_visible(False)
-    title = f"One frame, head and clip of B/16 in the forward: tiles of {tile.rows} rows x {tile.keys} keys"
+    sizes = " + ".join(str(right - left) for left, right in itertools.pairwise(edges["KEYS"]))
+    title = f"One frame of B/16, one program of the forward: tiles of {tile.rows} rows x {sizes} keys"
     figure.suptitle(title, fontsize=12, y=0.975)
     names = ["CLS row", "MST rows of levels that see the frame", "patch rows, MST keys", "patch rows, own patches"]
     colours = [list(KINDS.values())[i] for i in (0, 2, 3, 4)]
     handles = [Patch(facecolor=c, alpha=0.75, label=n) for c, n in zip(colours, names, strict=True)]
-    handles.append(Patch(facecolor="white", edgecolor=GREY, label="MST rows of levels that skip it: stored nowhere"))
+    handles.append(Patch(facecolor="white", edgecolor=GREY, label="MST rows of levels that skip it: read by nobody"))
     handles.append(Patch(**corner, label="summary by summary: the combine kernel's"))
     figure.legend(handles=handles, loc="lower center", ncol=2, frameon=False, fontsize=10)
     figure.subplots_adjust(left=0.16, right=0.88, top=0.88, bottom=0.19)

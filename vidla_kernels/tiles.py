@@ -31,15 +31,19 @@ class Tile:
         keys: key rows in a tile.
         warps: warps in a program.
         stages: software pipeline stages of the loop over key tiles (1: no pipeline).
+        registers: most registers a thread may have (0: as many as the compiler likes).
+        programs: how many of them an SM runs at a time, where a launcher cuts its work by that.
     """
 
     rows: int
     keys: int
     warps: int
     stages: int = 1
+    registers: int = 0
+    programs: int = 1
 
     def __post_init__(self) -> None:
-        if wrong := [name for name, value in vars(self).items() if value is not None and (type(value) is not int or value < 1)]:
+        if wrong := [name for name, value in vars(self).items() if type(value) is not int or value < (name != "registers")]:
             raise ValueError(f"{', '.join(wrong)} of {self} must be positive integers")
 
 
@@ -91,10 +95,22 @@ _ROWS: dict[tuple[str, tuple[int, ...], str, tuple[int, ...]], tuple[Tile, ...]]
     ("tube_backward_keys", (80, 90), "fp32", HEAD_DIMS): (Tile(16, 16, 8),),  # over 4 warps 8 bytes spill at D=80 and 128
     # Hierarchical attention: the largest tiles without spills at N = 49 and 196, Triton 3.8. None of them has been timed.
     # Small tail tiles are cut to fit by the launcher. D=80 and 96 are padded to 128 and behave like it.
-    ("hier_forward", (80,), "half", (32, 64)): (Tile(64, 64, 4, 2),),  # with 32 keys 8 bytes spill at N=49
-    ("hier_forward", (90,), "half", (32, 64)): (Tile(64, 32, 4, 3),),  # 96 to 122 registers
-    ("hier_forward", (80,), "half", (80, 96, 128)): (Tile(32, 32, 4, 2),),
-    ("hier_forward", (90,), "half", (80, 96, 128)): (Tile(64, 32, 4, 3),),
+    # The forward by shape (triton_hierarchical.forward chooses). us: a replay of the compiled code at bf16, B=32, H=12, D=64,
+    # T=12, U-V-r 3-4-2, an estimate; floor: 4 units over 3.0 (H100) and 1.84 TB/s (A100). Triton 3.8.
+    # A frame of up to 64 rows, B/32: one tile. H100 42 us (floor 39): bound by DRAM; A100 77 (64).
+    ("hier_forward_walk", (80, 90), "half", (32, 64)): (Tile(64, 64, 4, 2, programs=3),),
+    # B/16 on wgmma: 196 + 13 rows are two tiles of 128, 196 + 12 keys are 128 + 64 + 16. 128 registers, for two programs an SM
+    # instead of one: 201 us where 157 registers take 350 (floor 155). About a hundred spill instructions of 2,000, none of
+    # them in a loop, for there is none: the replay gives them 3 % of the waiting.
+    ("hier_forward_resident", (90,), "half", (64,)): (Tile(128, 128, 8, registers=128),),
+    # All others. mma.sync reads keys from shared memory for each 16 rows of a warp: 32 rows a warp halve that. 168 registers
+    # for three programs an SM: B/16 378 us where 242 registers take 455 and 64 rows 401 to 541 (floor 253).
+    ("hier_forward_stream", (80,), "half", (32, 64)): (Tile(128, 32, 4, 3, registers=168),),
+    # Five small programs an SM hide each other's loads better than pipelining does, which takes shared memory from them. L/14
+    # (H=16) 436 us (floor 270), L2 384 of them; 128 rows 537 to 594, 32 keys 457 to 489.
+    ("hier_forward_stream", (90,), "half", (32, 64)): (Tile(64, 64, 4, 1, registers=96),),
+    ("hier_forward_stream", (80,), "half", (80, 96, 128)): (Tile(64, 32, 4, 2),),
+    ("hier_forward_stream", (90,), "half", (80, 96, 128)): (Tile(64, 32, 4, 3),),
     ("hier_dq", (80,), "half", (64,)): (Tile(64, 32, 4, 2),),
     ("hier_dq", (90,), "half", (32, 64)): (Tile(64, 32, 4, 2),),
     ("hier_dq", (80,), "half", (32, 80, 96, 128)): (Tile(32, 32, 4),),  # 64 rows, 2 stages at D=32 spill 8 bytes at N=49
@@ -108,8 +124,9 @@ _ROWS: dict[tuple[str, tuple[int, ...], str, tuple[int, ...]], tuple[Tile, ...]]
     ("hier_combine", (80, 90), "half", HEAD_DIMS): (Tile(16, 16, 4, 3),),
     ("hier_finish", (80, 90), "half", HEAD_DIMS): (Tile(16, 16, 4, 3),),
     # fp32: an FMA thread holds whole rows of its operands, so small tiles over many warps.
-    ("hier_forward", (80, 90), "fp32", (32, 64)): (Tile(32, 32, 4),),
-    ("hier_forward", (80, 90), "fp32", (80, 96, 128)): (Tile(16, 32, 8),),
+    ("hier_forward_stream", (80, 90), "fp32", (32,)): (Tile(32, 32, 4),),
+    ("hier_forward_stream", (80, 90), "fp32", (64, 80, 96)): (Tile(16, 32, 8),),
+    ("hier_forward_stream", (80, 90), "fp32", (128,)): (Tile(16, 16, 8),),  # with 32 keys 104 bytes spill
     ("hier_dq", (80, 90), "fp32", (32, 64)): (Tile(32, 32, 8),),
     ("hier_dq", (80, 90), "fp32", (80, 96, 128)): (Tile(16, 16, 8),),
     ("hier_dkv", (80, 90), "fp32", HEAD_DIMS): (Tile(16, 32, 8),),
@@ -207,19 +224,27 @@ def _shipped(kernel: str, device: torch.device, dtype: torch.dtype, D: int) -> t
     if reason := unsupported(dtype, D):
         raise ValueError(reason)
     sm, arithmetic = arch(device), kind(dtype)
-    return TABLE.get((kernel, sm, arithmetic, D)) or TABLE[kernel, sm, "fp32", D]  # tf32 has not a row of its own everywhere
+    return TABLE.get((kernel, sm, arithmetic, D)) or TABLE.get((kernel, sm, "fp32", D), ())
+
+
+def multiprocessors(device: torch.device) -> int:
+    """SMs of a GPU; those of an A100 or H100 for tensors that are on none."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return {80: 108, 90: 132}[DEFAULT_ARCH]
 
 
 def lookup(kernel: str, device: torch.device, dtype: torch.dtype, D: int) -> tuple[Tile, ...]:
     """The configurations of a kernel for tensors of this dtype and head dimension on this device, smallest first.
 
     A kernel that has one configuration gets the one measured on this GPU (tuned.py), if there was a measurement.
+    Empty for a kernel that has none there, which only kernels with an alternative lack.
 
     Raises:
         ValueError: no row; the message is that of `unsupported`.
     """
     row = _shipped(kernel, device, dtype, D)
-    return row if len(row) > 1 else (_chosen(f"{kernel} {kind(dtype)} D={D}", device, row[0]),)
+    return row if len(row) != 1 else (_chosen(f"{kernel} {kind(dtype)} D={D}", device, row[0]),)
 
 
 def holding(kernel: str, device: torch.device, dtype: torch.dtype, D: int, T: int) -> Tile | None:

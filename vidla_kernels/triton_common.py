@@ -44,6 +44,16 @@ def to(x, dtype: tl.constexpr):
     return x.to(dtype)
 
 
+@triton.jit
+def log2(x):
+    """log2 of positive numbers within 2^-22, absolute near 1 and relative elsewhere; tl.log2 is twenty instructions."""
+    if INTERPRET:
+        y = tl.log2(x)
+    else:
+        y = tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    return y
+
+
 def precision(dtype: torch.dtype) -> str:
     """How kernels multiply float32, for `dot`: "tf32" where torch's own matmuls would, else "ieee"."""
     return "tf32" if tiles.kind(dtype) == "tf32" else "ieee"

@@ -6,15 +6,22 @@ the frame's patches, and patch rows see the summary keys besides. So a frame is 
 last corner, summary rows by summary keys, is hidden. That corner is attention over summary tokens alone; it doesn't belong
 to a frame and is done once a head by the small kernel that also joins the frames.
 
-Forward
-  _forward_kernel   Owns one tile of query rows of one (frame, head, batch). Reads its q once and every key and value of the
-                    frame once; the row tiles of a frame lie next to each other in the grid and share them through L2. Keeps
-                    q, the output in fp32 and the running maximum and sum on chip. Patch rows end here. For a summary row it
-                    writes the frame's share of the softmax (output not yet divided, maximum, sum) in fp32. The last patches
-                    and the summary rows share a tile, so summary rows cost no further pass over keys and values.
-  _combine_kernel   Owns a tile of summary rows of one (head, batch): the summary corner, then the shares of the frames it
-                    sees, in frame order.
-  Whole tiles of patch keys carry no masks. What is left of the frame and the summary keys form the tail tiles, which do.
+Forward: three cuts of the same work, by the shape of a frame and the architecture (tiles.py), and a kernel that joins.
+  _walk_kernel      Frames of up to 64 rows (B/32: 49 + 13). Owns consecutive frames of one (head, batch), all of them where
+                    the batch fills the GPU; a frame is one tile of rows by one of keys, read once, the next frame on its way
+                    meanwhile. Patch rows start anew in each frame. Summary rows carry their softmax from frame to frame in
+                    registers, the first program's from the summary corner on: with one program a head nothing is left to join.
+  _resident_kernel  Frames of two row tiles, on wgmma (B/16: 196 + 13 rows by 196 + 12 keys, tiled 128, 128 by 128, 64, 16).
+                    Owns one (frame, head, batch). Reads q, keys and values once into shared memory, where wgmma takes its
+                    operands. A row tile folds a key tile at a time, the last two together.
+  _stream_kernel    All others, and mma.sync, which would copy resident keys to registers. Owns one tile of query rows of one
+                    (frame, head, batch) and walks over the frame's keys, the masked tail first; the row tiles of a frame lie
+                    next to each other in the grid and share its keys through L2.
+  _combine_kernel   Owns a tile of summary rows of one (head, batch): the summary corner, then the programs' shares, in order.
+  Patch keys carry no mask; what is left of the frame and the summary keys form the tail, which does where it must. A score
+  costs one fused multiply-add before its exponential: maxima are taken before scaling, all is in base 2. For a summary row
+  the kernels write a share of the softmax in place of a result: its output among these keys, divided and rounded like any
+  output, and its log-sum-exp. So all rows of a tile end alike, and summary rows cost no pass of their own.
 
 Backward, P recomputed from the log-sum-exp that the forward saved
   _dq_kernel        The forward's grid. delta = rowsum(dO * O), kept for the next two kernels; dQ of its rows.
@@ -23,11 +30,13 @@ Backward, P recomputed from the log-sum-exp that the forward saved
                     shares in frame order: dQ of summary rows, dK and dV of summary keys.
 
 Reduction: every element has one owner, what is summed over frames is summed in frame order. No atomics, the same bits every
-run. Shares of summary tokens take B*H*T*G*(D+2) floats in the forward and 3*B*H*T*G*D in the backward: linear in T.
+run. Shares of summary tokens take B*H*T*G output rows in the forward (fewer in the walk) and 3*B*H*T*G*D floats in the
+backward: linear in T.
 """
 
 from __future__ import annotations
 
+import itertools
 from functools import lru_cache
 
 import torch
@@ -111,22 +120,6 @@ def _store(p, o_row, x, m_row, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def _softmax_step(q, k, v, visible, acc, m, l, scale2):
-    """Fold one tile of keys into the running softmax (maximum m in base 2, sum l, output acc not yet divided by l)."""
-    s = common.dot(q, tl.trans(k))
-    if visible is None:  # scale2 >= 0: the maximum can be taken before scaling
-        m_new = tl.maximum(m, tl.max(s, 1) * scale2)
-        p = tl.exp2(s * scale2 - m_new[:, None])
-    else:
-        s = tl.where(visible, s * scale2, common.HIDDEN)
-        m_new = tl.maximum(m, tl.max(s, 1))
-        p = tl.exp2(s - m_new[:, None])
-    shrink = tl.exp2(m - m_new)
-    acc = acc * shrink[:, None] + common.dot(common.to(p, v.dtype), v)
-    return acc, m_new, l * shrink + tl.sum(p, 1)
-
-
-@triton.jit
 def _dq_step(q, do, lse, delta, k, v, visible, dq, scale2):
     """dq += dS @ k, without the factor scale. Tiles lie rows x keys."""
     s = common.dot(q, tl.trans(k)) * scale2
@@ -151,135 +144,443 @@ def _dkv_step(k, v, q, do, lse, delta, visible, dk, dv, scale2):
 # Forward.
 
 
+@triton.jit
+def _offsets(token, S_T: tl.constexpr, WIDE: tl.constexpr):
+    """Offsets of tokens of one clip. In 32 bits and by a constant, so that most of them become immediates."""
+    if WIDE:
+        token = token.to(tl.int64)
+    return token * S_T
+
+
+@triton.jit
+def _read(p, o_row, m_row, COLS: tl.constexpr):
+    """Rows that start at p + o_row as tiles of columns COLS[i]..COLS[i+1]. Zeros where m_row is false; None: no mask."""
+    b = ()
+    for i in tl.static_range(len(COLS) - 1):
+        p_i = p + o_row[:, None] + (COLS[i] + tl.arange(0, COLS[i + 1] - COLS[i]))[None]
+        if m_row is None:
+            b = b + (tl.load(p_i),)
+        else:
+            b = b + (tl.load(p_i, mask=m_row[:, None], other=0.0),)
+    return b
+
+
+@triton.jit
+def _finish_rows(p_row, p_lse, acc, m, l, m_row, dtype: tl.constexpr, COLS: tl.constexpr):
+    """Write rows that have seen all their keys: output divided by the sum, and the log-sum-exp. None: no mask.
+
+    A row that has seen nothing (l = 0, acc = 0) becomes zeros with a log-sum-exp of HIDDEN.
+    """
+    l = tl.maximum(l, 1e-30)
+    share = 1.0 / l
+    for i in tl.static_range(len(COLS) - 1):
+        p_i = p_row[:, None] + (COLS[i] + tl.arange(0, COLS[i + 1] - COLS[i]))[None]
+        b_o = common.to(acc[i] * share[:, None], dtype)
+        if m_row is None:
+            tl.store(p_i, b_o)
+        else:
+            tl.store(p_i, b_o, mask=m_row[:, None])
+    tl.store(p_lse, m + common.log2(l), mask=m_row)
+
+
+@triton.jit
+def _scores(b_q, b_k, visible, PRECISION: tl.constexpr):
+    """q @ k^T, not scaled; HIDDEN where not visible. `visible` is None where every row sees every key."""
+    s = common.dot(b_q[0], tl.trans(b_k[0]), PRECISION)
+    for i in tl.static_range(1, len(b_q)):
+        s += common.dot(b_q[i], tl.trans(b_k[i]), PRECISION)
+    if visible is not None:
+        s = tl.where(visible, s, common.HIDDEN)
+    return s
+
+
+@triton.jit
+def _accumulate(acc, shrink, p, b_v, PRECISION: tl.constexpr):
+    """acc * shrink + p @ v, tile by tile of columns."""
+    b = ()
+    for i in tl.static_range(len(b_v)):
+        b = b + (acc[i] * shrink[:, None] + common.dot(common.to(p, b_v[i].dtype), b_v[i], PRECISION),)
+    return b
+
+
+@triton.jit
+def _softmax_step(s, b_v, acc, m, l, scale2, PRECISION: tl.constexpr):
+    """Fold the scores of one tile of keys into the running softmax: maximum m in base 2, sum l, output acc not yet divided.
+
+    The maximum is taken before scaling (scale2 > 0), so that scaling and subtracting it are one instruction a score.
+    """
+    m_new = tl.maximum(m, tl.max(s, 1) * scale2)
+    p = tl.exp2(s * scale2 - m_new[:, None])
+    shrink = tl.exp2(m - m_new)
+    return _accumulate(acc, shrink, p, b_v, PRECISION), m_new, l * shrink + tl.sum(p, 1)
+
+
+@triton.jit
+def _no_keys_yet(ROWS: tl.constexpr, COLS: tl.constexpr):
+    """acc, m, l of rows that have seen nothing."""
+    acc = ()
+    for i in tl.static_range(len(COLS) - 1):
+        acc = acc + (tl.zeros([ROWS, COLS[i + 1] - COLS[i]], tl.float32),)
+    return acc, tl.full([ROWS], common.HIDDEN, tl.float32), tl.zeros([ROWS], tl.float32)
+
+
+@triton.jit
+def _frame_queries(p_frame, r, f, N: tl.constexpr, G: tl.constexpr, S_T: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr):
+    """Query rows r of frame f, patches before summary rows; p_frame is the q of its first patch."""
+    return _read(p_frame, _offsets(tl.where(r < N, r, r - N - G - f * N), S_T, WIDE), r < N + G, COLS)
+
+
+@triton.jit
+def _frame_keys(
+    p_frame,
+    s_c,
+    f,
+    FROM: tl.constexpr,
+    TO: tl.constexpr,
+    N: tl.constexpr,
+    G: tl.constexpr,
+    FIRST: tl.constexpr,
+    S_T: tl.constexpr,
+    COLS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Keys and values FROM..TO of frame f: its patches, then the summary keys patches see, zeros behind them."""
+    c = FROM + tl.arange(0, TO - FROM)
+    m_c = None
+    if TO > N + G - FIRST:
+        m_c = c < N + G - FIRST
+    if TO <= N:
+        o_c = _offsets(c, S_T, WIDE)
+    else:
+        o_c = _offsets(tl.where(c < N, c, c - N + FIRST - G - f * N), S_T, WIDE)
+    return _read(p_frame, o_c, m_c, COLS), _read(p_frame + s_c, o_c, m_c, COLS)
+
+
+@triton.jit
+def _frame_rows(
+    p_out, p_lse, p_part, p_part_lse, f, i_bf, i_bh, i_b, i_h, r, T, H, N: tl.constexpr, G: tl.constexpr, D: tl.constexpr
+):
+    """Where rows r of frame f are written: patches into the output, summary rows into the frame's shares."""
+    S = G + T * N
+    p_o = p_out + ((i_b * S + G + f * N) * H + i_h) * D + r * (H * D)
+    p_l = p_lse + i_bh * S + G + f * N + r
+    # The compiler loses sight of the rows' alignment here, and without it stores number by number.
+    p_row = tl.multiple_of(tl.where(r < N, p_o, p_part + i_bf * G * D + (r - N) * D), 16)
+    return p_row, tl.where(r < N, p_l, p_part_lse + i_bf * G + (r - N))
+
+
+@triton.jit
+def _attend(b_q, b_k, b_v, visible, scale2, PRECISION: tl.constexpr):
+    """Softmax of a tile of rows over all key tiles, which lie on chip. `visible` masks the last of them only.
+
+    The last tile is small (what is left of the patches, the summary keys) and shares its rescaling with the one before.
+    """
+    n: tl.constexpr = len(b_k)
+    acc = ()
+    m = 0.0
+    l = 0.0
+    for i in tl.static_range(n - 1):
+        s = _scores(b_q, b_k[i], None, PRECISION)
+        top = tl.max(s, 1)
+        if i == n - 2:
+            s_last = _scores(b_q, b_k[n - 1], visible, PRECISION)
+            top = tl.maximum(top, tl.max(s_last, 1))
+        m_new = top * scale2
+        if i > 0:
+            m_new = tl.maximum(m, m_new)
+        p = tl.exp2(s * scale2 - m_new[:, None])
+        if i == 0:
+            for j in tl.static_range(len(b_q)):
+                acc = acc + (common.dot(common.to(p, b_q[0].dtype), b_v[0][j], PRECISION),)
+            l = tl.sum(p, 1)
+        else:
+            shrink = tl.exp2(m - m_new)
+            acc = _accumulate(acc, shrink, p, b_v[i], PRECISION)
+            l = l * shrink + tl.sum(p, 1)
+        if i == n - 2:
+            p_last = tl.exp2(s_last * scale2 - m_new[:, None])
+            l += tl.sum(p_last, 1)
+            total = ()
+            for j in tl.static_range(len(b_q)):
+                total = total + (acc[j] + common.dot(common.to(p_last, b_q[0].dtype), b_v[n - 1][j], PRECISION),)
+            acc = total
+        m = m_new
+    return acc, m, l
+
+
 @triton.jit(do_not_specialize=["T"])
-def _forward_kernel(
-    p_qkv,  # (B, S, 3, H, D), strides s_b, s_t, s_c, s_h
+def _resident_kernel(
+    p_qkv,  # (B, S, 3, H, D), strides s_b, S_T, s_c, s_h
     p_out,  # (B, S, H, D)
     p_lse,  # (B, H, S)
     p_part,  # (B, H, T, G, D)
-    p_part_ml,  # (B, H, T, G, 2): maximum, sum
-    p_rows,  # (G, 3)
+    p_part_lse,  # (B, H, T, G)
     s_b,
-    s_t,
     s_c,
     s_h,
     scale,
     T,
-    H,
+    H: tl.constexpr,
     N: tl.constexpr,
     G: tl.constexpr,
     FIRST: tl.constexpr,
     D: tl.constexpr,
-    BD: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    TAIL: tl.constexpr,
-    STAGES: tl.constexpr,
+    S_T: tl.constexpr,
+    COLS: tl.constexpr,
+    ROWS: tl.constexpr,  # edges of the row tiles
+    KEYS: tl.constexpr,  # edges of the key tiles
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    TILES: tl.constexpr = (N + G + ROWS - 1) // ROWS
-    WHOLE: tl.constexpr = N // KEYS
-    i_tile = tl.program_id(0) % TILES
-    f, i_bf, i_bh, i_b, i_h = _frame(tl.program_id(0) // TILES, T, H)
-    S = G + T * N
-    p_q = p_qkv + i_b * s_b + i_h * s_h
-    p_k = p_q + s_c
+    f, i_bf, i_bh, i_b, i_h = _frame(tl.program_id(0), T, H)
+    p_q = p_qkv + i_b * s_b + i_h * s_h + _offsets(G + f * N, S_T, WIDE)
     scale2 = scale * common.LOG2E
 
-    r = i_tile * ROWS + tl.arange(0, ROWS)
-    token, sees = _query_rows(r, f, p_rows, N, G)
-    b_q = _load(p_q, token.to(tl.int64) * s_t, sees, D, BD)
-    m = tl.full([ROWS], common.HIDDEN, tl.float32)
-    l = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, BD], tl.float32)
+    b_q = ()
+    for i in tl.static_range(len(ROWS) - 1):
+        r = ROWS[i] + tl.arange(0, ROWS[i + 1] - ROWS[i])
+        if ROWS[i + 1] <= N:
+            b_q = b_q + (_read(p_q, _offsets(r, S_T, WIDE), None, COLS),)
+        else:
+            b_q = b_q + (_frame_queries(p_q, r, f, N, G, S_T, COLS, WIDE),)
+    b_k = ()
+    b_v = ()
+    for i in tl.static_range(len(KEYS) - 1):
+        b_ki, b_vi = _frame_keys(p_q + s_c, s_c, f, KEYS[i], KEYS[i + 1], N, G, FIRST, S_T, COLS, WIDE)
+        b_k = b_k + (b_ki,)
+        b_v = b_v + (b_vi,)
 
-    o_k = tl.arange(0, KEYS) * s_t
-    for i in tl.range(0, _opaque(WHOLE, T), num_stages=STAGES):
-        p_ki = p_k + (G + f * N + i * KEYS).to(tl.int64) * s_t
-        b_k = _load(p_ki, o_k, None, D, BD)
-        b_v = _load(p_ki + s_c, o_k, None, D, BD)
-        acc, m, l = _softmax_step(b_q, b_k, b_v, None, acc, m, l, scale2)
-    for o in tl.range(WHOLE * KEYS, _opaque(N + G - FIRST, T), TAIL, num_stages=1):
-        c = o + tl.arange(0, TAIL)
-        m_c = c < N + G - FIRST
-        o_c = _key_tokens(c, f, N, G, FIRST).to(tl.int64) * s_t
-        b_k = _load(p_k, o_c, m_c, D, BD)
-        b_v = _load(p_k + s_c, o_c, m_c, D, BD)
-        visible = m_c[None] & ((r < N)[:, None] | (c < N)[None])
-        acc, m, l = _softmax_step(b_q, b_k, b_v, visible, acc, m, l, scale2)
-
-    p_o = p_out + (i_b * S * H + i_h) * D
-    _store(p_o, token.to(tl.int64) * (H * D), acc * (1.0 / l)[:, None], r < N, D, BD)
-    tl.store(p_lse + i_bh * S + token, m + tl.log2(l), mask=r < N)
-    if (i_tile + 1) * ROWS > N:  # the tile has summary rows
-        row = i_bf * G + token
-        m_g = sees & (r >= N)
-        _store(p_part, row * D, acc, m_g, D, BD)
-        tl.store(p_part_ml + 2 * row, m, mask=m_g)
-        tl.store(p_part_ml + 2 * row + 1, l, mask=m_g)
+    c = KEYS[len(KEYS) - 2] + tl.arange(0, KEYS[len(KEYS) - 1] - KEYS[len(KEYS) - 2])
+    for i in tl.static_range(len(ROWS) - 1):
+        r = ROWS[i] + tl.arange(0, ROWS[i + 1] - ROWS[i])
+        p_row, p_l = _frame_rows(p_out, p_lse, p_part, p_part_lse, f, i_bf, i_bh, i_b, i_h, r, T, H, N, G, D)
+        if ROWS[i + 1] <= N:  # patches only
+            visible = None
+            if KEYS[len(KEYS) - 1] > N + G - FIRST:
+                visible = (c < N + G - FIRST)[None]
+            acc, m, l = _attend(b_q[i], b_k, b_v, visible, scale2, PRECISION)
+            _finish_rows(p_row, p_l, acc, m, l, None, p_out.dtype.element_ty, COLS)
+        else:
+            visible = (c < N + G - FIRST)[None] & ((r < N)[:, None] | (c < N)[None])
+            acc, m, l = _attend(b_q[i], b_k, b_v, visible, scale2, PRECISION)
+            _finish_rows(p_row, p_l, acc, m, l, r < N + G, p_out.dtype.element_ty, COLS)
 
 
 @triton.jit(do_not_specialize=["T"])
-def _combine_kernel(
+def _stream_kernel(
     p_qkv,
     p_out,
     p_lse,
     p_part,
-    p_part_ml,
-    p_rows,
+    p_part_lse,
     s_b,
-    s_t,
     s_c,
     s_h,
     scale,
     T,
-    H,
+    H: tl.constexpr,
     N: tl.constexpr,
     G: tl.constexpr,
+    FIRST: tl.constexpr,
     D: tl.constexpr,
-    BD: tl.constexpr,
+    S_T: tl.constexpr,
+    COLS: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    WHOLE: tl.constexpr,  # key tiles of patches only
+    TAIL: tl.constexpr,
+    STAGES: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    TILES: tl.constexpr = (N + G + ROWS - 1) // ROWS
+    f, i_bf, i_bh, i_b, i_h = _frame(tl.program_id(0) // TILES, T, H)
+    p_q = p_qkv + i_b * s_b + i_h * s_h + _offsets(G + f * N, S_T, WIDE)
+    p_k = p_q + s_c
+    scale2 = scale * common.LOG2E
+
+    r = tl.program_id(0) % TILES * ROWS + tl.arange(0, ROWS)
+    b_q = _frame_queries(p_q, r, f, N, G, S_T, COLS, WIDE)
+    acc, m, l = _no_keys_yet(ROWS, COLS)
+    # The tail first: its loads share their latency with those of q and of the pipeline. Rows that see none of it are put right
+    # by the patches: exp2(HIDDEN - m) = 0.
+    for o in tl.static_range(WHOLE * KEYS, N + G - FIRST, TAIL):
+        c = o + tl.arange(0, TAIL)
+        b_kt, b_vt = _frame_keys(p_k, s_c, f, o, o + TAIL, N, G, FIRST, S_T, COLS, WIDE)
+        visible = (c < N + G - FIRST)[None] & ((r < N)[:, None] | (c < N)[None])
+        acc, m, l = _softmax_step(_scores(b_q, b_kt, visible, PRECISION), b_vt, acc, m, l, scale2, PRECISION)
+    o_k = _offsets(tl.arange(0, KEYS), S_T, WIDE)
+    for i in tl.range(0, _opaque(WHOLE, T), num_stages=STAGES):
+        p_ki = p_k + _offsets(i * KEYS, S_T, WIDE)
+        b_k = _read(p_ki, o_k, None, COLS)
+        b_v = _read(p_ki + s_c, o_k, None, COLS)
+        acc, m, l = _softmax_step(_scores(b_q, b_k, None, PRECISION), b_v, acc, m, l, scale2, PRECISION)
+    p_row, p_l = _frame_rows(p_out, p_lse, p_part, p_part_lse, f, i_bf, i_bh, i_b, i_h, r, T, H, N, G, D)
+    _finish_rows(p_row, p_l, acc, m, l, r < N + G, p_out.dtype.element_ty, COLS)
+
+
+@triton.jit
+def _summary_scores(
+    p_q,
+    s_c,
+    b_q,
+    o_key,
+    row,
+    m_row,
+    p_rows,
+    G: tl.constexpr,
+    KEYS: tl.constexpr,
+    S_T: tl.constexpr,
+    COLS: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Scores of summary rows `row` by summary keys o_key..o_key+KEYS, and those keys' values. p_q: q of token 0."""
+    c = o_key + tl.arange(0, KEYS)
+    o_c = _offsets(c, S_T, WIDE)
+    b_k = _read(p_q + s_c, o_c, c < G, COLS)
+    b_v = _read(p_q + 2 * s_c, o_c, c < G, COLS)
+    first = tl.load(p_rows + 3 * row, mask=m_row, other=0)
+    end = tl.load(p_rows + 3 * row + 1, mask=m_row, other=0)
+    return _scores(b_q, b_k, (c[None] >= first[:, None]) & (c[None] < end[:, None]), PRECISION), b_v
+
+
+@triton.jit(do_not_specialize=["T", "SPAN"])
+def _walk_kernel(
+    p_qkv,
+    p_out,
+    p_lse,
+    p_part,  # (B, H, programs of a head, G, D)
+    p_part_lse,
+    p_rows,  # (G, 3)
+    s_b,
+    s_c,
+    s_h,
+    scale,
+    T,
+    SPAN,  # frames a program walks over
+    H: tl.constexpr,
+    N: tl.constexpr,
+    G: tl.constexpr,
+    FIRST: tl.constexpr,
+    D: tl.constexpr,
+    S_T: tl.constexpr,
+    COLS: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     STAGES: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    SPANS = tl.cdiv(T, SPAN)
+    i_span = tl.program_id(0) % SPANS
+    i_bh, i_b, i_h = _head(tl.program_id(0) // SPANS, H)
+    S = G + T * N
+    p_q = p_qkv + i_b * s_b + i_h * s_h
+    scale2 = scale * common.LOG2E
+
+    # Tokens of rows and keys in frame 0, and how far they move from frame to frame.
+    r = tl.arange(0, ROWS)
+    patch = r < N
+    g = r - N
+    m_g = (g >= 0) & (g < G)
+    c = tl.arange(0, KEYS)
+    token_r, step_r = tl.where(patch, G + r, g), tl.where(patch, N, 0)
+    token_c, step_c = tl.where(c < N, G + c, c - N + FIRST), tl.where(c < N, N, 0)
+    m_c = c < N + G - FIRST
+    visible = m_c[None] & (patch[:, None] | (c < N)[None])
+    stride = tl.load(p_rows + 3 * g + 2, mask=m_g, other=1)
+
+    acc, m, l = _no_keys_yet(ROWS, COLS)
+    if i_span == 0:  # the summary rows' first keys are the summary tokens
+        b_g = _read(p_q, _offsets(token_r, S_T, WIDE), m_g, COLS)
+        s, b_vg = _summary_scores(p_q, s_c, b_g, 0, g, m_g, p_rows, G, KEYS, S_T, COLS, WIDE, PRECISION)
+        acc, m, l = _softmax_step(s, b_vg, acc, m, l, scale2, PRECISION)
+    for f in tl.range(i_span * SPAN, tl.minimum((i_span + 1) * SPAN, T), num_stages=STAGES):
+        o_c = _offsets(token_c + f * step_c, S_T, WIDE)
+        b_q = _read(p_q, _offsets(token_r + f * step_r, S_T, WIDE), patch | m_g, COLS)
+        b_k = _read(p_q + s_c, o_c, m_c, COLS)
+        b_v = _read(p_q + 2 * s_c, o_c, m_c, COLS)
+        s = _scores(b_q, b_k, visible, PRECISION)
+        # Patch rows start anew in every frame. A row that does not see the frame keeps its state: exp2(s - 1e30) = 0.
+        sees = patch | (m_g & (f % stride == 0))
+        m_new = tl.max(s, 1) * scale2
+        m_new = tl.where(patch, m_new, tl.where(sees, tl.maximum(m, m_new), m))
+        p = tl.exp2(s * scale2 - tl.where(sees, m_new, -common.HIDDEN)[:, None])
+        shrink = tl.where(patch, 0.0, tl.exp2(m - m_new))
+        acc = _accumulate(acc, shrink, p, b_v, PRECISION)
+        l = l * shrink + tl.sum(p, 1)
+        m = m_new
+        token = token_r + f * step_r
+        p_row = p_out + (i_b * S * H + i_h) * D + _offsets(token, H * D, WIDE)
+        _finish_rows(p_row, p_lse + i_bh * S + token, acc, m, l, patch, p_out.dtype.element_ty, COLS)
+    i_part = i_bh * SPANS + i_span
+    p_row = p_part + i_part * G * D + g * D
+    p_l = p_part_lse + i_part * G + g
+    if SPANS == 1:
+        p_row = p_out + (i_b * S * H + i_h) * D + _offsets(token_r, H * D, WIDE)
+        p_l = p_lse + i_bh * S + token_r
+    _finish_rows(p_row, p_l, acc, m, l, m_g, p_out.dtype.element_ty, COLS)
+
+
+@triton.jit(do_not_specialize=["T", "PARTS"])
+def _combine_kernel(
+    p_qkv,
+    p_out,
+    p_lse,
+    p_part,  # (B, H, PARTS, G, D)
+    p_part_lse,
+    p_rows,
+    s_b,
+    s_c,
+    s_h,
+    scale,
+    T,
+    PARTS,
+    H: tl.constexpr,
+    N: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    S_T: tl.constexpr,
+    COLS: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FRAMES: tl.constexpr,  # parts are frames, and the summary corner is still to be done
 ):
     TILES: tl.constexpr = (G + ROWS - 1) // ROWS
     i_bh, i_b, i_h = _head(tl.program_id(0) // TILES, H)
     S = G + T * N
-    p_q = p_qkv + i_b * s_b + i_h * s_h
-    p_k = p_q + s_c
     scale2 = scale * common.LOG2E
 
     g = tl.program_id(0) % TILES * ROWS + tl.arange(0, ROWS)
     m_g = g < G
-    first = tl.load(p_rows + 3 * g, mask=m_g, other=0)
-    end = tl.load(p_rows + 3 * g + 1, mask=m_g, other=0)
-    stride = tl.load(p_rows + 3 * g + 2, mask=m_g, other=1)
-    b_q = _load(p_q, g.to(tl.int64) * s_t, m_g, D, BD)
-    m = tl.full([ROWS], common.HIDDEN, tl.float32)
-    l = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, BD], tl.float32)
-
-    for o in tl.range(0, G, KEYS, num_stages=1):
-        c = o + tl.arange(0, KEYS)
-        o_c = c.to(tl.int64) * s_t
-        b_k = _load(p_k, o_c, c < G, D, BD)
-        b_v = _load(p_k + s_c, o_c, c < G, D, BD)
-        visible = (c[None] >= first[:, None]) & (c[None] < end[:, None])
-        acc, m, l = _softmax_step(b_q, b_k, b_v, visible, acc, m, l, scale2)
-    for f in tl.range(0, T, num_stages=STAGES):
-        sees = m_g & (f % stride == 0)
-        row = (i_bh * T + f) * G + g
-        m_f = tl.load(p_part_ml + 2 * row, mask=sees, other=common.HIDDEN)
-        l_f = tl.load(p_part_ml + 2 * row + 1, mask=sees, other=0.0)
-        acc_f = _load(p_part, row * D, sees, D, BD)
-        m_new = tl.maximum(m, m_f)
-        shrink, shrink_f = tl.exp2(m - m_new), tl.exp2(m_f - m_new)
-        acc = acc * shrink[:, None] + acc_f * shrink_f[:, None]
-        l = l * shrink + l_f * shrink_f
+    stride = 1
+    acc, m, l = _no_keys_yet(ROWS, COLS)
+    if FRAMES:
+        stride = tl.load(p_rows + 3 * g + 2, mask=m_g, other=1)
+        p_q = p_qkv + i_b * s_b + i_h * s_h
+        b_q = _read(p_q, _offsets(g, S_T, WIDE), m_g, COLS)
+        for o in tl.range(0, G, KEYS, num_stages=1):
+            s, b_v = _summary_scores(p_q, s_c, b_q, o, g, m_g, p_rows, G, KEYS, S_T, COLS, WIDE, PRECISION)
+            acc, m, l = _softmax_step(s, b_v, acc, m, l, scale2, PRECISION)
+    for i in tl.range(0, PARTS, num_stages=STAGES):
+        sees = m_g & (i % stride == 0)
+        row = (i_bh * PARTS + i) * G + g
+        b_o = _read(p_part, row * D, sees, COLS)
+        lse = tl.load(p_part_lse + row, mask=sees, other=common.HIDDEN)
+        m_new = tl.maximum(m, lse)
+        shrink, weight = tl.exp2(m - m_new), tl.exp2(lse - m_new)
+        total = ()
+        for j in tl.static_range(len(COLS) - 1):
+            total = total + (acc[j] * shrink[:, None] + b_o[j].to(tl.float32) * weight[:, None],)
+        acc = total
+        l = l * shrink + weight
         m = m_new
-
-    p_o = p_out + (i_b * S * H + i_h) * D
-    _store(p_o, g * (H * D), acc * (1.0 / l)[:, None], m_g, D, BD)
-    tl.store(p_lse + i_bh * S + g, m + tl.log2(l), mask=m_g)
+    p_row = p_out + (i_b * S * H + i_h) * D + g * (H * D)
+    _finish_rows(p_row, p_lse + i_bh * S + g, acc, m, l, m_g, p_out.dtype.element_ty, COLS)
 
 
 # Backward.
@@ -522,6 +823,40 @@ def _tail(rest: int, tile: int) -> int:
     return min(tile, max(16, triton.next_power_of_2(rest)))
 
 
+@lru_cache(maxsize=256)
+def _frames_a_program(heads: int, T: int, programs: int) -> int:
+    """How many frames a program of `_walk_kernel` walks over: all of them, or fewer where that leaves a GPU idle.
+
+    Args:
+        heads: B*H, the programs of one span.
+        programs: how many the GPU runs at a time.
+    """
+    # A round of programs takes its frames, and about one frame's time to start and to end.
+    rounds = lambda spans: triton.cdiv(heads * spans, programs) * (triton.cdiv(T, spans) + 1)  # noqa: E731
+    return triton.cdiv(T, min(range(1, T + 1), key=rounds))
+
+
+def _edges(*parts: tuple[int, int]) -> tuple[int, ...]:
+    """Edges of consecutive tiles, given as (how many, size)."""
+    sizes = [size for count, size in parts for _ in range(count)]
+    return (0, *itertools.accumulate(sizes))
+
+
+def _resident_tiles(tile: tiles.Tile, N: int, G: int, keys: int) -> dict[str, tuple[int, ...]] | None:
+    """Edges of the row and key tiles of `_resident_kernel`, or None where a frame does not suit it.
+
+    The rows are at most two tiles. One large key tile, then half ones, lie within the frame's patches; a last one of 16 or 32
+    holds what is left of them and the summary keys.
+    """
+    half = tile.keys // 2
+    halves = (N - tile.keys) // half
+    rest = keys - tile.keys - halves * half
+    if halves < 0 or not 0 < rest <= 32 or 2 * tile.rows < N + G:
+        return None
+    rows = triton.cdiv(N + G, tile.rows)
+    return {"ROWS": _edges((rows, tile.rows)), "KEYS": _edges((1, tile.keys), (halves, half), (1, _tail(rest, half)))}
+
+
 def forward(qkv: torch.Tensor, layout: TokenLayout, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Hierarchical attention of packed queries, keys and values.
 
@@ -536,38 +871,96 @@ def forward(qkv: torch.Tensor, layout: TokenLayout, scale: float) -> tuple[torch
     """
     B, S, _, H, D = qkv.shape
     T, N, G, first = layout.frames, layout.patches, layout.num_summary, layout.first_key_of_patches
-    if scale < 0:  # the kernel takes a maximum before it scales
+    if scale < 0:  # the kernels take a maximum before they scale
         qkv, scale = torch.cat((-qkv[:, :, :1], qkv[:, :, 1:]), 2), -scale
+    scale = max(scale, 1e-20)  # 0 would bring hidden pairs back; at this size every exponential is 1 all the same
     out = torch.empty(B, S, H, D, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(B, H, S, dtype=torch.float32, device=qkv.device)
-    part = torch.empty(B, H, T, G, D, dtype=torch.float32, device=qkv.device)
-    part_ml = torch.empty(B, H, T, G, 2, dtype=torch.float32, device=qkv.device)
-    args = (qkv, out, lse, part, part_ml, _summary_rows(layout, qkv.device), *qkv.stride()[:4], scale, T, H)
-    sizes = dict(N=N, G=G, D=D, BD=triton.next_power_of_2(D))
-
-    tile = tiles.lookup("hier_forward", qkv.device, qkv.dtype, D)[0]
-    common.launch(
-        _forward_kernel,
-        (B * H * T * triton.cdiv(N + G, tile.rows),),
-        *args,
-        **sizes,
-        FIRST=first,
-        ROWS=tile.rows,
-        KEYS=tile.keys,
-        TAIL=_tail(N % tile.keys + G - first, tile.keys),
-        STAGES=tile.stages,
-        num_warps=tile.warps,
+    s_b, s_t, s_c, s_h = qkv.stride()[:4]
+    sizes = dict(
+        H=H,
+        N=N,
+        G=G,
+        D=D,
+        S_T=s_t,
+        COLS=(0, D) if D & (D - 1) == 0 else (0, 64, D),
+        WIDE=S * max(s_t, H * D) >= 2**31,
+        PRECISION=common.precision(qkv.dtype),
     )
-    tile = tiles.lookup("hier_combine", qkv.device, qkv.dtype, D)[0]
-    common.launch(
+    find = lambda kernel: tiles.lookup("hier_" + kernel, qkv.device, qkv.dtype, D)  # noqa: E731
+
+    def parts(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where `count` programs of each head leave their shares of the summary rows: output and log-sum-exp."""
+        return (
+            torch.empty(B, H, count, G, D, dtype=qkv.dtype, device=qkv.device),
+            torch.empty(B, H, count, G, dtype=torch.float32, device=qkv.device),
+        )
+
+    def launch(kernel, programs: int, tile: tiles.Tile, *args, **constants) -> None:
+        limit = {"maxnreg": tile.registers} if tile.registers else {}
+        common.launch(kernel, (programs,), qkv, out, lse, *args, **sizes, **constants, num_warps=tile.warps, **limit)
+
+    rows = _summary_rows(layout, qkv.device)
+    strides = (s_b, s_c, s_h, scale, T)
+    walk, resident = find("forward_walk"), find("forward_resident")
+    if walk and walk[0].rows >= N + G:
+        tile = walk[0]
+        span = _frames_a_program(B * H, T, tile.programs * tiles.multiprocessors(qkv.device))
+        count = triton.cdiv(T, span)
+        shares = parts(count) if count > 1 else (out, lse)  # not written where one program has all the frames
+        edge = max(16, triton.next_power_of_2(N + G))
+        launch(
+            _walk_kernel,
+            B * H * count,
+            tile,
+            *shares,
+            rows,
+            *strides,
+            span,
+            FIRST=first,
+            ROWS=edge,
+            KEYS=edge,
+            STAGES=tile.stages,
+        )
+        if count == 1:
+            return out, lse
+    else:
+        count, shares = T, parts(T)
+        edges = _resident_tiles(resident[0], N, G, N + G - first) if resident else None
+        if edges:
+            launch(_resident_kernel, B * H * T, resident[0], *shares, *strides, FIRST=first, **edges)
+        else:
+            tile = find("forward_stream")[0]
+            whole, rest = N // tile.keys, N % tile.keys + G - first
+            if not rest:
+                whole, rest = whole - 1, tile.keys
+            launch(
+                _stream_kernel,
+                B * H * T * triton.cdiv(N + G, tile.rows),
+                tile,
+                *shares,
+                *strides,
+                FIRST=first,
+                ROWS=tile.rows,
+                KEYS=tile.keys,
+                WHOLE=whole,
+                TAIL=_tail(rest, tile.keys),
+                STAGES=tile.stages,
+            )
+        walk = None
+    tile = find("combine")[0]
+    launch(
         _combine_kernel,
-        (B * H * triton.cdiv(G, tile.rows),),
-        *args,
-        **sizes,
+        B * H * triton.cdiv(G, tile.rows),
+        tile,
+        *shares,
+        rows,
+        *strides,
+        count,
         ROWS=tile.rows,
         KEYS=tile.keys,
         STAGES=tile.stages,
-        num_warps=tile.warps,
+        FRAMES=not walk,
     )
     return out, lse
 

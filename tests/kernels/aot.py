@@ -2,8 +2,8 @@
 
 Reads a JSON list of cases from stdin, {"family": "tube" or "hierarchical", "arch": 80 or 90, "dtype": "float16", "D": 64,
 "B": 2, "T": 12, "N": 49, "H": 12, "tf32": whether torch multiplies float32 so}, and prints a JSON list of one row a launch:
-the case, and kernel, hash (equal for launches of one compiled kernel), rows (of its tile), registers, spill (bytes of stack
-a thread), shared (bytes a program) and warps.
+the case, and kernel, hash (equal for launches of one compiled kernel), rows (of its tile), registers, spill (instructions in
+loops that move spilled registers), spilled (percent of all instructions that do), shared (bytes a program) and warps.
 
 The modules' own forward() and backward() run on meta tensors, with `triton_common.launch` replaced by a compilation, so
 what is compiled is what ships. A script and not a fixture, because nothing compiles in a process where Triton interprets.
@@ -51,15 +51,27 @@ class OfflineDriver:
         return 0
 
 
+SASS = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(\S+)\s*(.*?);", re.M)
+
+
 @functools.cache
-def registers_and_stack(digest: str, cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack a thread. Spilled registers live on the stack, and nothing else of these kernels does."""
+def registers_and_spills(digest: str, cubin: bytes) -> tuple[int, int, int]:
+    """Registers of a thread, its share of instructions (percent, rounded up) that move spilled registers, and how many of
+    these lie in a loop: between a branch backwards and its target."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    return int(registers), int(stack)
+        usage, sass = (
+            subprocess.run([CUOBJDUMP, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    code = [(int(pc, 16), op, args) for pc, op, args in SASS.findall(sass)]
+    spills = [pc for pc, op, _ in code if op.startswith(("LDL", "STL"))]
+    jumps = [(pc, int(target[1], 16)) for pc, op, args in code if op == "BRA" and (target := re.search(r"0x([0-9a-f]+)", args))]
+    looped = sum(any(head <= pc <= tail for tail, head in jumps) for pc in spills)
+    stack = int(re.search(r"STACK:(\d+)", usage)[1])
+    assert bool(stack) == bool(spills), "the stack holds something else than spilled registers"
+    return int(re.search(r"REG:(\d+)", usage)[1]), -(-100 * len(spills) // len(code)), looped
 
 
 def compile_case(case: dict) -> list[dict]:
@@ -68,7 +80,7 @@ def compile_case(case: dict) -> list[dict]:
 
     def record(kernel, grid, *args, **options) -> None:
         compiled = kernel.warmup(*args, grid=grid, **options)
-        registers, spill = registers_and_stack(compiled.hash, compiled.asm["cubin"])
+        registers, spilled, spill = registers_and_spills(compiled.hash, compiled.asm["cubin"])
         rows.append(
             {
                 **case,
@@ -77,6 +89,7 @@ def compile_case(case: dict) -> list[dict]:
                 "rows": options["ROWS"],
                 "registers": registers,
                 "spill": spill,
+                "spilled": spilled,
                 "shared": compiled.metadata.shared,
                 "warps": compiled.metadata.num_warps,
             }

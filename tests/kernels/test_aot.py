@@ -1,4 +1,4 @@
-"""Every shipped configuration, compiled for both architectures without a GPU: no spilled register, shared memory that fits.
+"""Every shipped configuration, compiled for both architectures without a GPU: no spills in a loop, shared memory that fits.
 
 fp16 takes the rows of bf16 in the tile table, and the same instructions at the same widths: one head dimension stands for it.
 Compiling is minutes of work the first time; Triton's cache on disk makes the next run seconds.
@@ -15,8 +15,8 @@ import pytest
 from vidla_kernels import tiles
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may have (CUDA C++ Programming Guide, compute capabilities)
-# (T, N) of every shape class. Tubes: up to 16, 32, 64, 128 rows, and beyond. Frames: B/32's 49 patches, B/16's 196.
-SHAPES = {"tube": ((12, 49), (24, 49), (48, 49), (96, 49), (192, 49)), "hierarchical": ((12, 49), (12, 196))}
+# (T, N) of every shape class. Tubes: up to 16, 32, 64, 128 rows, and beyond. Frames: B/32's 49 patches, B/16's 196, L/14's 256.
+SHAPES = {"tube": ((12, 49), (24, 49), (48, 49), (96, 49), (192, 49)), "hierarchical": ((12, 49), (12, 196), (12, 256))}
 KINDS = [(dtype, D) for dtype in ("bfloat16", "float32", "tf32") for D in tiles.HEAD_DIMS] + [("float16", 64)]
 
 
@@ -59,11 +59,14 @@ def shipped() -> list[dict]:
 def test_nothing_spills_and_shared_memory_fits(shipped: list[dict], family: str, arch: int, dtype: str, D: int) -> None:
     wanted = {name: case(family, arch, dtype, D)[name] for name in ("family", "arch", "dtype", "tf32", "D")}
     rows = [row for row in shipped if wanted.items() <= row.items()]
-    wrong = [row for row in rows if row["spill"] or row["shared"] > SHARED_LIMIT[arch]]
-    columns = ("kernel", "T", "N", "rows", "warps", "registers", "spill", "shared")
+    # Straight-line code may spill a little where that doubles the programs an SM holds (tiles.py says where and why).
+    wrong = [row for row in rows if row["spill"] or row["spilled"] > 6 or row["shared"] > SHARED_LIMIT[arch]]
+    columns = ("kernel", "T", "N", "rows", "warps", "registers", "spill", "spilled", "shared")
     table = "\n".join(", ".join(f"{name} {row[name]}" for name in columns) for row in wrong)
     assert rows, "nothing was compiled"
-    assert not wrong, f"{len(wrong)} of {len(rows)} launches spill or need more than {SHARED_LIMIT[arch]} bytes:\n{table}"
+    assert not wrong, (
+        f"{len(wrong)} of {len(rows)} launches spill in a loop or much, or need more than {SHARED_LIMIT[arch]} bytes:\n{table}"
+    )
 
 
 def test_every_tile_of_the_packed_kernels_is_compiled(shipped: list[dict]) -> None:

@@ -1,0 +1,80 @@
+"""Hierarchical attention's forward is cut in three ways, by shape and architecture: each of them, whatever GPU is here."""
+
+import pytest
+import torch
+
+from vidla_kernels import TokenLayout, tiles, triton_hierarchical
+
+from .cases import Case, dense_runs, run
+from .check import check
+from .test_parity import skip_if_refused
+
+# Which kernel serves: (T, N, G, arch); and layouts at which its tiles are exact, ragged, and as small or large as they come.
+LAYOUTS = {
+    "_walk_kernel": [(5, 49), (3, 1), (7, 51), (4, 50, 0, 0, 1), (9, 20, 4, 4, 3, True)],
+    "_resident_kernel": [(2, 196), (3, 130, 2, 4, 2), (1, 197, 1, 4, 2, True), (2, 208, 0, 0, 1, True)],
+    "_stream_kernel": [(2, 196), (2, 64, 0, 0, 1), (2, 65, 7, 9, 2, True), (3, 288, 1, 4, 2)],
+}
+# And how many frames a program of the walk has: all of them (then there is nothing to combine), two, one.
+CALLS = [
+    (kernel, layout, span)
+    for kernel, layouts in LAYOUTS.items()
+    for layout in layouts
+    for span in ((99, 2, 1) if kernel == "_walk_kernel" else (None,))
+]
+
+
+@pytest.fixture
+def launched(monkeypatch) -> list[str]:
+    """Names of the kernels launched, in order."""
+    names, launch = [], triton_hierarchical.common.launch
+
+    def record(kernel, *args, **options):
+        names.append(kernel.fn.__name__ if hasattr(kernel, "fn") else kernel.__name__)
+        launch(kernel, *args, **options)
+
+    monkeypatch.setattr(triton_hierarchical.common, "launch", record)
+    return names
+
+
+@pytest.mark.parametrize(("kernel", "layout", "span"), CALLS, ids=str)
+def test_every_tiling(kernel, layout, span, launched, monkeypatch, device, seed):
+    if device.type == "cpu":
+        monkeypatch.setattr(tiles, "DEFAULT_ARCH", 80 if kernel == "_stream_kernel" else 90)
+    monkeypatch.setattr(triton_hierarchical, "_frames_a_program", lambda heads, T, programs: min(span, T))
+    case = Case(TokenLayout(*layout), batch=2, heads=1, dtype=torch.float16)
+    skip_if_refused("triton", case, device)
+    qkv, grad = case.draw("hierarchical", device)
+    gold = run("hierarchical", qkv.double(), grad.double(), case.layout, "reference")
+    ours = run("hierarchical", qkv, grad, case.layout, "triton")
+    check(ours, dense_runs("hierarchical", qkv, grad, case.layout), gold, case.layout.num_summary, case.dtype)
+    again = run("hierarchical", qkv, grad, case.layout, "triton")
+    assert torch.equal(ours.out, again.out)
+    if device.type == "cpu":  # a GPU decides by its own architecture
+        assert launched[0] == kernel
+        assert ("_combine_kernel" in launched) is (kernel != "_walk_kernel" or span < layout[0])
+
+
+def test_summary_rows_without_a_frame_in_a_span(monkeypatch, device, seed):
+    """Every frame a program of its own: most rows of the higher levels see nothing of most programs."""
+    monkeypatch.setattr(triton_hierarchical, "_frames_a_program", lambda heads, T, programs: 1)
+    case = Case(TokenLayout(8, 6, 4, 2, 3), dtype=torch.float16)
+    skip_if_refused("triton", case, device)
+    qkv, _ = case.draw("hierarchical", device)
+    out, lse = triton_hierarchical.forward(qkv, case.layout, case.head_dim**-0.5)
+    assert torch.isfinite(out).all()
+    assert torch.isfinite(lse).all()
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_any_scale(scale, device, seed):
+    case = Case(TokenLayout(2, 70), dtype=torch.float16)
+    skip_if_refused("triton", case, device)
+    qkv, _ = case.draw("hierarchical", device)
+    out, lse = triton_hierarchical.forward(qkv, case.layout, scale)
+    q, k, v = qkv.double().permute(2, 0, 3, 1, 4)
+    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~case.layout.mask(device), -torch.inf)
+    eps = torch.finfo(case.dtype).eps
+    assert (out.double() - (scores.softmax(-1) @ v).transpose(1, 2)).abs().max() <= 4 * eps * v.abs().max()
+    want = scores.logsumexp(-1) / torch.log(torch.tensor(2.0, dtype=torch.float64))
+    assert (lse.double() - want).abs().max() <= eps * want.abs().max()
