@@ -25,12 +25,21 @@ class Tile:
         keys: key rows in a tile.
         warps: warps in a program.
         stages: software pipeline stages of the loop over key tiles (1: no pipeline).
+        maxnreg: registers a thread may have, where the compiler's own choice costs a resident program.
+        keep: hier_backward_frames only: whether sums over frames stay in registers from frame to frame.
     """
 
     rows: int
     keys: int
     warps: int
     stages: int = 1
+    maxnreg: int | None = None
+    keep: bool = False
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What a launch takes beside the kernel's arguments."""
+        return {"num_warps": self.warps} | ({"maxnreg": self.maxnreg} if self.maxnreg else {})
 
 
 # (kernel, architectures, "half" or "fp32", head dimensions) -> tiles, smallest first where a kernel has several to choose
@@ -70,24 +79,28 @@ _ROWS: dict[tuple[str, tuple[int, ...], str, tuple[int, ...]], tuple[Tile, ...]]
     ("hier_forward", (90,), "half", (32, 64)): (Tile(64, 32, 4, 3),),  # 96 to 122 registers
     ("hier_forward", (80,), "half", (80, 96, 128)): (Tile(32, 32, 4, 2),),
     ("hier_forward", (90,), "half", (80, 96, 128)): (Tile(64, 32, 4, 3),),
-    ("hier_dq", (80,), "half", (64,)): (Tile(64, 32, 4, 2),),
-    ("hier_dq", (90,), "half", (32, 64)): (Tile(64, 32, 4, 2),),
-    ("hier_dq", (80,), "half", (32, 80, 96, 128)): (Tile(32, 32, 4),),  # 64 rows, 2 stages at D=32 spill 8 bytes at N=49
-    ("hier_dq", (90,), "half", (80, 96, 128)): (Tile(64, 32, 8, 2),),  # over 4 warps 228 registers: 2 programs
-    # dK and dV stay in registers: fewer rows at a time, and more warps where D is large.
-    ("hier_dkv", (80,), "half", (32, 64)): (Tile(16, 64, 4, 2),),
-    ("hier_dkv", (90,), "half", (32, 64)): (Tile(32, 64, 4, 2),),
-    ("hier_dkv", (80,), "half", (80, 96, 128)): (Tile(16, 64, 8, 2),),
-    ("hier_dkv", (90,), "half", (80, 96, 128)): (Tile(32, 64, 8, 2),),
+    # Backward.
+    ("hier_backward_frames", (80,), "half", (32, 64)): (Tile(64, 64, 4, 2),),
+    ("hier_backward_frames", (90,), "half", (32, 64)): (Tile(64, 64, 4, 3, keep=True),),
+    ("hier_backward_frames", (80, 90), "half", (80, 96, 128)): (),
+    ("hier_backward_frames", (80, 90), "fp32", HEAD_DIMS): (),
+    ("hier_backward_rows", (80,), "half", (32, 64)): (Tile(64, 32, 4, 3),),
+    ("hier_backward_rows", (90,), "half", (32, 64)): (Tile(64, 32, 4, 3), Tile(128, 64, 8, 4, 128)),
+    ("hier_backward_rows", (80,), "half", (80, 96, 128)): (Tile(32, 32, 4),),
+    ("hier_backward_rows", (90,), "half", (80, 96, 128)): (Tile(64, 32, 8, 2),),
+    ("hier_backward_keys", (80,), "half", (32, 64)): (Tile(32, 64, 4, 3, 168),),
+    ("hier_backward_keys", (90,), "half", (32, 64)): (Tile(32, 64, 4, 3), Tile(32, 128, 8, 3, 128)),
+    ("hier_backward_keys", (80,), "half", (80, 96, 128)): (Tile(16, 64, 8, 2),),
+    ("hier_backward_keys", (90,), "half", (80, 96, 128)): (Tile(32, 64, 8, 2),),
+    ("hier_backward_rows", (80, 90), "fp32", (32, 64)): (Tile(32, 32, 8),),
+    ("hier_backward_rows", (80, 90), "fp32", (80, 96, 128)): (Tile(16, 16, 8),),
+    ("hier_backward_keys", (80, 90), "fp32", HEAD_DIMS): (Tile(16, 32, 8),),
     # Once a head over 13 rows: latency, not throughput, so three frames are in flight.
     ("hier_combine", (80, 90), "half", HEAD_DIMS): (Tile(16, 16, 4, 3),),
     ("hier_finish", (80, 90), "half", HEAD_DIMS): (Tile(16, 16, 4, 3),),
     # fp32: an FMA thread holds whole rows of its operands, so small tiles over many warps.
     ("hier_forward", (80, 90), "fp32", (32, 64)): (Tile(32, 32, 4),),
     ("hier_forward", (80, 90), "fp32", (80, 96, 128)): (Tile(16, 32, 8),),
-    ("hier_dq", (80, 90), "fp32", (32, 64)): (Tile(32, 32, 8),),
-    ("hier_dq", (80, 90), "fp32", (80, 96, 128)): (Tile(16, 16, 8),),
-    ("hier_dkv", (80, 90), "fp32", HEAD_DIMS): (Tile(16, 32, 8),),
     ("hier_combine", (80, 90), "fp32", HEAD_DIMS): (Tile(16, 16, 8),),
     ("hier_finish", (80, 90), "fp32", HEAD_DIMS): (Tile(16, 16, 8),),
 }
