@@ -79,28 +79,33 @@ _ROWS: dict[tuple[str, tuple[int, ...], str, tuple[int, ...]], tuple[Tile, ...]]
     ("hier_forward", (90,), "half", (32, 64)): (Tile(64, 32, 4, 3),),  # 96 to 122 registers
     ("hier_forward", (80,), "half", (80, 96, 128)): (Tile(32, 32, 4, 2),),
     ("hier_forward", (90,), "half", (80, 96, 128)): (Tile(64, 32, 4, 3),),
-    # Backward.
+    # Backward, frames whose N + G rows fit one tile; () where no tile goes without spills. dQ, dK and dV are 96 registers.
+    # On sm_90 what summary tokens gain stays in them from frame to frame (243 registers, 2 programs); on sm_80 300 bytes spill.
+    # The next frame is copied meanwhile: 3 stages, since with 2 the copies start after the products.
     ("hier_backward_frames", (80,), "half", (32, 64)): (Tile(64, 64, 4, 2),),
     ("hier_backward_frames", (90,), "half", (32, 64)): (Tile(64, 64, 4, 3, keep=True),),
     ("hier_backward_frames", (80, 90), "half", (80, 96, 128)): (),
     ("hier_backward_frames", (80, 90), "fp32", HEAD_DIMS): (),
+    # Larger frames: of several tiles that which pads least, N=196 to 256 rows either way, N=256 to 320 instead of 384.
+    # 8 warps at 128 registers are 2 programs, one more register and it is one; fewer programs read each key, so L2 moves less.
     ("hier_backward_rows", (80,), "half", (32, 64)): (Tile(64, 32, 4, 3),),
     ("hier_backward_rows", (90,), "half", (32, 64)): (Tile(64, 32, 4, 3), Tile(128, 64, 8, 4, 128)),
-    ("hier_backward_rows", (80,), "half", (80, 96, 128)): (Tile(32, 32, 4),),
-    ("hier_backward_rows", (90,), "half", (80, 96, 128)): (Tile(64, 32, 8, 2),),
+    ("hier_backward_rows", (80,), "half", (80, 96, 128)): (Tile(32, 32, 4, 2),),
+    ("hier_backward_rows", (90,), "half", (80, 96, 128)): (Tile(64, 32, 4, 3),),  # over 8 warps one program instead of 2
+    # dK and dV stay in registers: fewer rows at a time. 168 registers are 3 programs, where the compiler takes 180.
     ("hier_backward_keys", (80,), "half", (32, 64)): (Tile(32, 64, 4, 3, 168),),
     ("hier_backward_keys", (90,), "half", (32, 64)): (Tile(32, 64, 4, 3), Tile(32, 128, 8, 3, 128)),
-    ("hier_backward_keys", (80,), "half", (80, 96, 128)): (Tile(16, 64, 8, 2),),
-    ("hier_backward_keys", (90,), "half", (80, 96, 128)): (Tile(32, 64, 8, 2),),
-    ("hier_backward_rows", (80, 90), "fp32", (32, 64)): (Tile(32, 32, 8),),
-    ("hier_backward_rows", (80, 90), "fp32", (80, 96, 128)): (Tile(16, 16, 8),),
-    ("hier_backward_keys", (80, 90), "fp32", HEAD_DIMS): (Tile(16, 32, 8),),
+    ("hier_backward_keys", (80,), "half", (80, 96, 128)): (Tile(32, 32, 4, 2),),  # 8 warps repeat each other's mma.sync
+    ("hier_backward_keys", (90,), "half", (80, 96, 128)): (Tile(16, 64, 4, 3),),
     # Once a head over 13 rows: latency, not throughput, so three frames are in flight.
     ("hier_combine", (80, 90), "half", HEAD_DIMS): (Tile(16, 16, 4, 3),),
     ("hier_finish", (80, 90), "half", HEAD_DIMS): (Tile(16, 16, 4, 3),),
     # fp32: an FMA thread holds whole rows of its operands, so small tiles over many warps.
     ("hier_forward", (80, 90), "fp32", (32, 64)): (Tile(32, 32, 4),),
     ("hier_forward", (80, 90), "fp32", (80, 96, 128)): (Tile(16, 32, 8),),
+    ("hier_backward_rows", (80, 90), "fp32", (32, 64)): (Tile(32, 32, 8),),
+    ("hier_backward_rows", (80, 90), "fp32", (80, 96, 128)): (Tile(16, 16, 8),),
+    ("hier_backward_keys", (80, 90), "fp32", HEAD_DIMS): (Tile(16, 32, 8),),
     ("hier_combine", (80, 90), "fp32", HEAD_DIMS): (Tile(16, 16, 8),),
     ("hier_finish", (80, 90), "fp32", HEAD_DIMS): (Tile(16, 16, 8),),
 }

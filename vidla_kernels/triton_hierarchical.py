@@ -24,7 +24,7 @@ zero, so main loops carry no masks. delta = rowsum(dO * O) = rowsum(P * dP) neve
                     of a patch row: its delta comes from P and dP, and O is read for summary rows only. What summary rows and
                     keys gain is summed over frames in registers (KEEP), or written frame by frame where these are short.
   Larger frames, where dQ, dK and dV of a frame exceed the registers of a multiprocessor, in two:
-  _rows_kernel      Owns a tile of query rows of one (frame, head, batch) and walks over the frame's keys like the forward.
+  _rows_kernel      Owns a tile of query rows of one (frame, head, batch) and walks over the frame's keys.
                     delta from O; it and lse are left for the next kernel in the order of the tile's rows. dQ of its rows.
   _keys_kernel      Owns a tile of keys of one (frame, head, batch) and walks over the frame's rows; dK, dV of its keys.
   Then for both:
@@ -536,7 +536,7 @@ def _keys_kernel(
         _store(p_part, (c - N + FIRST + 2 * G) * D, dv, m_g, D, BD)
 
 
-@triton.jit(do_not_specialize=["PARTS"])
+@triton.jit(do_not_specialize=["S", "PARTS"])
 def _finish_kernel(
     p_qkv,
     p_out,
