@@ -33,6 +33,7 @@ class Tile:
         stages: software pipeline stages of the loop over key tiles (1: no pipeline).
         registers: most registers a thread may have (0: as many as the compiler likes).
         programs: how many of them an SM runs at a time, where a launcher cuts its work by that.
+        keep: hier_backward_frames only: whether sums over frames stay in registers from frame to frame.
     """
 
     rows: int
@@ -41,10 +42,17 @@ class Tile:
     stages: int = 1
     registers: int = 0
     programs: int = 1
+    keep: bool = False
 
     def __post_init__(self) -> None:
-        if wrong := [name for name, value in vars(self).items() if type(value) is not int or value < (name != "registers")]:
+        least = {"rows": 1, "keys": 1, "warps": 1, "stages": 1, "registers": 0, "programs": 1}
+        if wrong := [name for name in least if type(getattr(self, name)) is not int or getattr(self, name) < least[name]]:
             raise ValueError(f"{', '.join(wrong)} of {self} must be positive integers")
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What a launch takes beside the kernel's arguments."""
+        return {"num_warps": self.warps} | ({"maxnreg": self.registers} if self.registers else {})
 
 
 # (kernel, architectures, `kind` of dtype, head dimensions) -> tiles, smallest first where a kernel has several to choose
@@ -111,15 +119,24 @@ _ROWS: dict[tuple[str, tuple[int, ...], str, tuple[int, ...]], tuple[Tile, ...]]
     ("hier_forward_stream", (90,), "half", (32, 64)): (Tile(64, 64, 4, 1, registers=96),),
     ("hier_forward_stream", (80,), "half", (80, 96, 128)): (Tile(64, 32, 4, 2),),
     ("hier_forward_stream", (90,), "half", (80, 96, 128)): (Tile(64, 32, 4, 3),),
-    ("hier_dq", (80,), "half", (64,)): (Tile(64, 32, 4, 2),),
-    ("hier_dq", (90,), "half", (32, 64)): (Tile(64, 32, 4, 2),),
-    ("hier_dq", (80,), "half", (32, 80, 96, 128)): (Tile(32, 32, 4),),  # 64 rows, 2 stages at D=32 spill 8 bytes at N=49
-    ("hier_dq", (90,), "half", (80, 96, 128)): (Tile(64, 32, 8, 2),),  # over 4 warps 228 registers: 2 programs
-    # dK and dV stay in registers: fewer rows at a time, and more warps where D is large.
-    ("hier_dkv", (80,), "half", (32, 64)): (Tile(16, 64, 4, 2),),
-    ("hier_dkv", (90,), "half", (32, 64)): (Tile(32, 64, 4, 2),),
-    ("hier_dkv", (80,), "half", (80, 96, 128)): (Tile(16, 64, 8, 2),),
-    ("hier_dkv", (90,), "half", (80, 96, 128)): (Tile(32, 64, 8, 2),),
+    # Backward, frames whose N + G rows fit one tile; () where no tile goes without spills. dQ, dK and dV are 96 registers.
+    # On sm_90 what summary tokens gain stays in them from frame to frame (243 registers, 2 programs); on sm_80 300 bytes spill.
+    # The next frame is copied meanwhile: 3 stages, since with 2 the copies start after the products.
+    ("hier_backward_frames", (80,), "half", (32, 64)): (Tile(64, 64, 4, 2),),
+    ("hier_backward_frames", (90,), "half", (32, 64)): (Tile(64, 64, 4, 3, keep=True),),
+    ("hier_backward_frames", (80, 90), "half", (80, 96, 128)): (),
+    ("hier_backward_frames", (80, 90), "fp32", HEAD_DIMS): (),
+    # Larger frames: of several tiles that which pads least, N=196 to 256 rows either way, N=256 to 320 instead of 384.
+    # 8 warps at 128 registers are 2 programs, one more register and it is one; fewer programs read each key, so L2 moves less.
+    ("hier_backward_rows", (80,), "half", (32, 64)): (Tile(64, 32, 4, 3),),
+    ("hier_backward_rows", (90,), "half", (32, 64)): (Tile(64, 32, 4, 3), Tile(128, 64, 8, 4, 128)),
+    ("hier_backward_rows", (80,), "half", (80, 96, 128)): (Tile(32, 32, 4, 2),),
+    ("hier_backward_rows", (90,), "half", (80, 96, 128)): (Tile(64, 32, 4, 3),),  # over 8 warps one program instead of 2
+    # dK and dV stay in registers: fewer rows at a time. 168 registers are 3 programs, where the compiler takes 180.
+    ("hier_backward_keys", (80,), "half", (32, 64)): (Tile(32, 64, 4, 3, 168),),
+    ("hier_backward_keys", (90,), "half", (32, 64)): (Tile(32, 64, 4, 3), Tile(32, 128, 8, 3, 128)),
+    ("hier_backward_keys", (80,), "half", (80, 96, 128)): (Tile(32, 32, 4, 2),),  # 8 warps repeat each other's mma.sync
+    ("hier_backward_keys", (90,), "half", (80, 96, 128)): (Tile(16, 64, 4, 3),),
     # Once a head over 13 rows: latency, not throughput, so three frames are in flight.
     ("hier_combine", (80, 90), "half", HEAD_DIMS): (Tile(16, 16, 4, 3),),
     ("hier_finish", (80, 90), "half", HEAD_DIMS): (Tile(16, 16, 4, 3),),
@@ -127,9 +144,9 @@ _ROWS: dict[tuple[str, tuple[int, ...], str, tuple[int, ...]], tuple[Tile, ...]]
     ("hier_forward_stream", (80, 90), "fp32", (32,)): (Tile(32, 32, 4),),
     ("hier_forward_stream", (80, 90), "fp32", (64, 80, 96)): (Tile(16, 32, 8),),
     ("hier_forward_stream", (80, 90), "fp32", (128,)): (Tile(16, 16, 8),),  # with 32 keys 104 bytes spill
-    ("hier_dq", (80, 90), "fp32", (32, 64)): (Tile(32, 32, 8),),
-    ("hier_dq", (80, 90), "fp32", (80, 96, 128)): (Tile(16, 16, 8),),
-    ("hier_dkv", (80, 90), "fp32", HEAD_DIMS): (Tile(16, 32, 8),),
+    ("hier_backward_rows", (80, 90), "fp32", (32, 64)): (Tile(32, 32, 8),),
+    ("hier_backward_rows", (80, 90), "fp32", (80, 96, 128)): (Tile(16, 16, 8),),
+    ("hier_backward_keys", (80, 90), "fp32", HEAD_DIMS): (Tile(16, 32, 8),),
     ("hier_combine", (80, 90), "fp32", HEAD_DIMS): (Tile(16, 16, 8),),
     ("hier_finish", (80, 90), "fp32", HEAD_DIMS): (Tile(16, 16, 8),),
 }

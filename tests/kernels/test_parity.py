@@ -4,11 +4,12 @@ Kernels run interpreted on a CPU and compiled on a GPU; a backend that cannot se
 """
 
 import random
+from itertools import product
 
 import pytest
 import torch
 
-from vidla_kernels import TokenLayout, backends
+from vidla_kernels import TokenLayout, backends, tiles
 
 from .cases import CASES, DTYPES, OPS, PRETRAINING, TUBE_CASES, Case, dense_runs, random_case, run
 from .check import check
@@ -40,6 +41,24 @@ def compare(op: str, backend: str, case: Case, device: torch.device) -> None:
 @pytest.mark.parametrize("backend", ["portable", "triton"])
 def test_errs_at_most_twice_torchs_own_attention(backend, op, case, device, seed):
     compare(op, backend, case, device)
+
+
+# Shape classes of the backward: a frame in one tile, with and without hierarchy; frames of several tiles; more tiles of rows.
+FRAMES = [
+    TokenLayout(5, 49),
+    TokenLayout(4, 9, 0),
+    TokenLayout(6, 20, 4, 3, 3, True),
+    TokenLayout(1, 63, 0, patches_see_cls=True),
+]
+FRAMES += [TokenLayout(2, 68), TokenLayout(2, 196), TokenLayout(1, 257)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs its own tiles")
+@pytest.mark.parametrize(("layout", "dtype"), product(FRAMES, (torch.float16, torch.bfloat16)), ids=str)
+def test_tiles_of_h100(layout, dtype, device, seed, monkeypatch):
+    """The interpreter runs A100's tiles unless it is told otherwise; H100's take other paths through the kernels."""
+    monkeypatch.setattr(tiles, "DEFAULT_ARCH", 90)
+    compare("hierarchical", "triton", Case(layout, heads=1, dtype=dtype), device)
 
 
 @pytest.mark.parametrize("number", range(10))
