@@ -1,0 +1,157 @@
+// The primitives the attention kernels are written in. A kernel that touches shared and global memory only through
+// these compiles twice from one source: with nvcc (inline PTX, this file) and with any C++17 compiler (emulate.h),
+// where every CUDA thread is a fiber and every mistake in ordering is a report instead of a rare wrong number.
+//
+// Three rules make that possible. Shared memory is named by 32-bit offsets, never by pointers. Every primitive marked
+// "warp" is reached by all 32 lanes of a warp together; a lane with nothing to do passes active = false.
+// 16-bit matrix elements travel as uint32_t, two to a register, the lower column in the lower half.
+#pragma once
+#include <cstdint>
+
+namespace vidla {
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+struct alignas(8) Word2 {
+  uint32_t x[2];
+};
+struct alignas(16) Word4 {
+  uint32_t x[4];
+};
+}  // namespace vidla
+
+#if defined(VIDLA_EMULATE) || !defined(__CUDACC__)
+#include "emulate.h"
+#else
+#include <cuda_runtime.h>
+
+#define VIDLA_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+#define VIDLA_DEVICE __device__ __forceinline__
+#define VIDLA_HOST_DEVICE __host__ __device__ __forceinline__
+
+namespace vidla {
+VIDLA_DEVICE int thread_index() { return threadIdx.x; }
+VIDLA_DEVICE int block_index() { return blockIdx.x; }
+VIDLA_DEVICE void block_sync() { __syncthreads(); }
+VIDLA_DEVICE void warp_sync() { __syncwarp(); }
+
+// x, but what is computed from it can't be computed ahead, outside a loop, and kept in registers across it.
+VIDLA_DEVICE int not_ahead(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+VIDLA_DEVICE uint32_t shared_base() {
+  extern __shared__ __align__(1024) unsigned char shared_memory[];
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory));
+}
+
+// warp: 16 bytes from global to shared memory without a register; zeros where not valid. Lands by cp_async_wait.
+VIDLA_DEVICE void cp_async_16(uint32_t shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0)
+               : "memory");
+}
+VIDLA_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most `newest` of this thread's committed groups are on their way. Other threads need a sync as well.
+template <int newest> VIDLA_DEVICE void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(newest) : "memory");
+}
+
+// warp: four 8x8 matrices of 16-bit elements; lane 8i+j gives the address of row j of matrix i.
+VIDLA_DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(row)
+               : "memory");
+}
+VIDLA_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(row)
+               : "memory");
+}
+
+// warp: 4 bytes from each lane's register to shared memory.
+VIDLA_DEVICE void store_shared(uint32_t shared, uint32_t word) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared), "r"(word) : "memory");
+}
+
+// warp: c (16x8, fp32) += a (16x16, row major) * b (16x8, column major).
+template <class T> VIDLA_DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <> VIDLA_DEVICE void mma_m16n8k16<bf16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <> VIDLA_DEVICE void mma_m16n8k16<fp16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// warp
+VIDLA_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+VIDLA_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+
+VIDLA_DEVICE float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+template <class T> VIDLA_DEVICE uint32_t pack(float low, float high);
+template <> VIDLA_DEVICE uint32_t pack<bf16>(float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+template <> VIDLA_DEVICE uint32_t pack<fp16>(float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+template <class T> VIDLA_DEVICE float unpack(uint32_t pair, int which);
+template <> VIDLA_DEVICE float unpack<bf16>(uint32_t pair, int which) {
+  return __uint_as_float(which ? pair & 0xffff0000u : pair << 16);
+}
+template <> VIDLA_DEVICE float unpack<fp16>(uint32_t pair, int which) {
+  float y;
+  asm("{ .reg .b16 lo, hi; mov.b32 {lo, hi}, %1; cvt.f32.f16 %0, lo; }" : "=f"(y) : "r"(which ? pair >> 16 : pair));
+  return y;
+}
+VIDLA_DEVICE float as_float(uint32_t x) { return __uint_as_float(x); }
+VIDLA_DEVICE uint32_t as_word(float x) { return __float_as_uint(x); }
+
+// warp: one load or store of sizeof(W) bytes for each active lane, aligned to its size.
+template <class W> VIDLA_DEVICE W load_global(const void* from, bool active) {
+  W w{};
+  if (active) w = *static_cast<const W*>(from);
+  return w;
+}
+template <class W> VIDLA_DEVICE void store_global(void* to, W w, bool active) {
+  if (active) *static_cast<W*>(to) = w;
+}
+
+// Host side. Returns a cudaError_t as int; 0 is success.
+template <class P> int launch(void (*kernel)(P), const char*, int blocks, int threads, int shared, void* stream, P p) {
+  if (shared > 48 * 1024) {
+    cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (e != cudaSuccess) return e;
+  }
+  kernel<<<blocks, threads, shared, static_cast<cudaStream_t>(stream)>>>(p);
+  return cudaGetLastError();
+}
+inline int multiprocessors() {
+  int device = 0, n = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device);
+  return n;
+}
+inline void watch_buffer(const char*, const void*, int64_t) {}  // the emulator's bounds and byte counts
+}  // namespace vidla
+#endif
