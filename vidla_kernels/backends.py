@@ -9,13 +9,15 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import torch
 
-from . import tiles
+from . import cuda_binding, tiles
 from .layout import TokenLayout
 
-NAMES = ("cuda", "triton", "portable", "reference")  # fastest first on a GPU
+# Best first on a GPU. The CUDA kernels have never run on one: they come behind Triton's until a measurement says otherwise.
+NAMES = ("triton", "cuda", "portable", "reference")
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Case:
     dtype: torch.dtype
     head_dim: int
     layout: TokenLayout
+    op: Literal["tube", "hierarchical"]
 
 
 @torch.compiler.assume_constant_result  # what a machine has does not change while a graph lives
@@ -39,7 +42,7 @@ def _missing(name: str, device: torch.device) -> str | None:
     if name in ("portable", "reference"):
         return None
     if name == "cuda":
-        return "this version of vidla_kernels ships no CUDA kernels; the triton backend serves NVIDIA GPUs"
+        return cuda_binding.missing(device)
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; it comes with torch's CUDA wheels on Linux (pip install triton)"
     if device.type == "cpu":
@@ -62,7 +65,24 @@ def refuses(name: str, case: Case) -> str | None:
         return reason
     if name in ("portable", "reference"):
         return None
+    if name == "cuda":
+        if case.op == "tube":
+            return "there is no CUDA kernel for tube attention: the triton backend's moves only the bytes it must"
+        return _cuda_refuses(case.device, case.dtype, int(case.head_dim), *case.layout.to_ints())
     return tiles.unsupported(case.dtype, case.head_dim)  # every layout is served
+
+
+@torch.compiler.assume_constant_result  # a graph is compiled for one head dimension and layout
+def _cuda_refuses(device: torch.device, dtype: torch.dtype, head_dim: int, *layout: int) -> str | None:
+    return cuda_binding.refuses(device, dtype, head_dim, TokenLayout.from_ints(layout))
+
+
+def measured_fastest(case: Case, able: tuple[str, ...]) -> str | None:
+    """What a measurement on this GPU found to be fastest for the case, of the backends in `able`; None without one.
+
+    This is the only place where a measurement changes what `auto` picks.
+    """
+    return None
 
 
 def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
@@ -85,7 +105,8 @@ def choose(backend: str, case: Case) -> str:
         RuntimeError: the backend named by hand cannot serve the case; the message says why and what can.
     """
     if backend == "auto":
-        return next(name for name in available_backends(case.device) if refuses(name, case) is None)
+        able = tuple(name for name in available_backends(case.device) if refuses(name, case) is None)
+        return measured_fastest(case, able) or able[0]
     if backend not in NAMES:
         raise ValueError(f"backend is {backend!r}; it must be 'auto' or one of {', '.join(map(repr, NAMES))}")
     if reason := refuses(backend, case):

@@ -8,10 +8,11 @@ torch.compile keeps whole and whose backward is an operator of its own.
 from __future__ import annotations
 
 from functools import cache
+from types import ModuleType
 
 import torch
 
-from . import portable, reference
+from . import cuda_binding, portable, reference
 from .backends import Case, choose
 from .layout import TokenLayout
 
@@ -37,12 +38,12 @@ def tube_attention(
         ValueError: a shape, dtype or backend name that cannot be; the message has the expected and the given.
         RuntimeError: the backend named by hand cannot serve this case; the message says why.
     """
-    qkv, scale, name = _prepare(qkv, layout, layout.num_patches, "T*N", scale, backend)
+    qkv, scale, name = _prepare("tube", qkv, layout, layout.num_patches, "T*N", scale, backend)
     if name == "reference":
         return reference.tube(qkv, layout, scale)
     if name == "portable":
         return portable.tube(qkv, layout, scale)
-    return torch.ops.vidla_kernels.tube_attention(qkv, _to_ints(layout), scale, name)
+    return torch.ops.vidla_kernels.tube_attention(qkv, layout.to_ints(), scale, name)
 
 
 def hierarchical_attention(
@@ -64,21 +65,21 @@ def hierarchical_attention(
     Raises:
         ValueError, RuntimeError: as in `tube_attention`.
     """
-    qkv, scale, name = _prepare(qkv, layout, layout.seq_len, "S", scale, backend)
+    qkv, scale, name = _prepare("hierarchical", qkv, layout, layout.seq_len, "S", scale, backend)
     if name == "reference":
         return reference.hierarchical(qkv, layout, scale)
     if name == "portable":
         return portable.hierarchical(qkv, layout, scale)
-    return torch.ops.vidla_kernels.hierarchical_attention(qkv, _to_ints(layout), scale, name)[0]
+    return torch.ops.vidla_kernels.hierarchical_attention(qkv, layout.to_ints(), scale, name)[0]
 
 
-def _prepare(qkv, layout, tokens, symbol, scale, backend):
+def _prepare(op, qkv, layout, tokens, symbol, scale, backend):
     if qkv.dim() != 5 or qkv.shape[1] != tokens or qkv.shape[2] != 3:
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}; expected (B, {symbol}={tokens}, 3, H, D) for {layout}")
     if not qkv.dtype.is_floating_point:
         raise ValueError(f"qkv has dtype {qkv.dtype}; expected float16, bfloat16, float32 or float64")
     qkv = _autocast(qkv)
-    name = choose(backend, Case(qkv.device, qkv.dtype, qkv.shape[-1], layout))
+    name = choose(backend, Case(qkv.device, qkv.dtype, qkv.shape[-1], layout, op))
     return qkv, qkv.shape[-1] ** -0.5 if scale is None else float(scale), name
 
 
@@ -93,20 +94,9 @@ def _autocast(x: torch.Tensor) -> torch.Tensor:
 # Registered operators. A layout crosses the dispatcher as its six numbers.
 
 
-def _to_ints(layout: TokenLayout) -> list[int]:
-    return [
-        layout.frames,
-        layout.patches,
-        layout.levels,
-        layout.tokens_per_level,
-        layout.temporal_scale,
-        int(layout.patches_see_cls),
-    ]
-
-
 @cache
 def _layout(*ints: int) -> TokenLayout:
-    return TokenLayout(*ints[:5], patches_see_cls=bool(ints[5]))
+    return TokenLayout.from_ints(ints)
 
 
 def _rows_contiguous(qkv: torch.Tensor) -> torch.Tensor:
@@ -134,15 +124,21 @@ def _tube_backward(grad_out, qkv, layout, scale, backend):
     return triton_tube.backward(grad_out.contiguous(), _rows_contiguous(qkv), _layout(*layout), scale)
 
 
+def _hierarchical_kernels(backend: str) -> ModuleType:
+    if backend == "cuda":
+        return cuda_binding
+    from . import triton_hierarchical
+
+    return triton_hierarchical
+
+
 @torch.library.custom_op(
     f"{NAMESPACE}::hierarchical_attention",
     mutates_args=(),
     schema="(Tensor qkv, int[] layout, float scale, str backend) -> (Tensor out, Tensor lse)",
 )
 def _hierarchical(qkv, layout, scale, backend):
-    from . import triton_hierarchical
-
-    return triton_hierarchical.forward(_rows_contiguous(qkv), _layout(*layout), scale)
+    return _hierarchical_kernels(backend).forward(_rows_contiguous(qkv), _layout(*layout), scale)
 
 
 @torch.library.custom_op(
@@ -151,9 +147,8 @@ def _hierarchical(qkv, layout, scale, backend):
     schema="(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, int[] layout, float scale, str backend) -> Tensor",
 )
 def _hierarchical_backward(grad_out, qkv, out, lse, layout, scale, backend):
-    from . import triton_hierarchical
-
-    return triton_hierarchical.backward(grad_out.contiguous(), _rows_contiguous(qkv), out, lse, _layout(*layout), scale)
+    kernels = _hierarchical_kernels(backend)
+    return kernels.backward(grad_out.contiguous(), _rows_contiguous(qkv), out, lse, _layout(*layout), scale)
 
 
 @_tube.register_fake

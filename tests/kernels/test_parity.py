@@ -16,13 +16,13 @@ from .check import check
 FIXED = [(op, case) for op in OPS for case in (*CASES, *(TUBE_CASES if op == "tube" else ()))]
 
 
-def skip_if_refused(backend: str, case: Case, device: torch.device) -> None:
-    if reason := backends.refuses(backend, backends.Case(device, case.dtype, case.head_dim, case.layout)):
+def skip_if_refused(op: str, backend: str, case: Case, device: torch.device) -> None:
+    if reason := backends.refuses(backend, backends.Case(device, case.dtype, case.head_dim, case.layout, op)):
         pytest.skip(reason)
 
 
 def compare(op: str, backend: str, case: Case, device: torch.device) -> None:
-    skip_if_refused(backend, case, device)
+    skip_if_refused(op, backend, case, device)
     qkv, grad = case.draw(op, device)
     gold = run(op, qkv.double(), grad.double(), case.layout, "reference")
     dense = dense_runs(op, qkv, grad, case.layout)
@@ -37,14 +37,14 @@ def compare(op: str, backend: str, case: Case, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize(("op", "case"), FIXED, ids=str)
-@pytest.mark.parametrize("backend", ["portable", "triton"])
+@pytest.mark.parametrize("backend", ["portable", "triton", "cuda"])
 def test_errs_at_most_twice_torchs_own_attention(backend, op, case, device, seed):
     compare(op, backend, case, device)
 
 
 @pytest.mark.parametrize("number", range(10))
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("backend", ["portable", "triton"])
+@pytest.mark.parametrize("backend", ["portable", "triton", "cuda"])
 def test_random_cases(backend, op, number, device, seed):
     case = random_case(random.Random(seed))
     print(case)
@@ -53,11 +53,11 @@ def test_random_cases(backend, op, number, device, seed):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("backend", ["portable", "triton"])
+@pytest.mark.parametrize("backend", ["portable", "triton", "cuda"])
 def test_one_hot(backend, op, dtype, device, seed):
     """Scores of 10**5: the output is the winner's value exactly, without an overflow, where one key clearly wins."""
     case = Case(TokenLayout(4, 19), dtype=dtype, magnitude=200.0)
-    skip_if_refused(backend, case, device)
+    skip_if_refused(op, backend, case, device)
     qkv, _ = case.draw(op, device)
     mask = case.layout.tube_mask(device) if op == "tube" else case.layout.mask(device)
     q, k, v = qkv.double().permute(2, 0, 3, 1, 4)
@@ -74,7 +74,7 @@ def test_one_hot(backend, op, dtype, device, seed):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="whole pretraining shapes take minutes under the interpreter")
 @pytest.mark.parametrize("case", PRETRAINING, ids=str)
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("backend", ["portable", "triton"])
+@pytest.mark.parametrize("backend", ["portable", "triton", "cuda"])
 def test_pretraining_shapes(backend, op, case, device, seed):
     compare(op, backend, case, device)
 

@@ -28,6 +28,8 @@ struct alignas(16) Word4 {
 #else
 #include <cuda_runtime.h>
 
+#include <atomic>
+
 #define VIDLA_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define VIDLA_DEVICE __device__ __forceinline__
 #define VIDLA_HOST_DEVICE __host__ __device__ __forceinline__
@@ -127,6 +129,9 @@ template <> VIDLA_DEVICE float unpack<fp16>(uint32_t pair, int which) {
 VIDLA_DEVICE float as_float(uint32_t x) { return __uint_as_float(x); }
 VIDLA_DEVICE uint32_t as_word(float x) { return __float_as_uint(x); }
 
+// 4 bytes that nobody writes while the kernel runs: a table of the host. Any lanes.
+VIDLA_DEVICE int load_constant(const int* from) { return __ldg(from); }
+
 // warp: one load or store of sizeof(W) bytes for each active lane, aligned to its size.
 template <class W> VIDLA_DEVICE W load_global(const void* from, bool active) {
   W w{};
@@ -137,21 +142,35 @@ template <class W> VIDLA_DEVICE void store_global(void* to, W w, bool active) {
   if (active) *static_cast<W*>(to) = w;
 }
 
-// Host side. Returns a cudaError_t as int; 0 is success.
-template <class P> int launch(void (*kernel)(P), const char*, int blocks, int threads, int shared, void* stream, P p) {
-  if (shared > 48 * 1024) {
-    cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    if (e != cudaSuccess) return e;
+// Host side; all of it is about the current device, and nothing waits for the GPU.
+constexpr int most_devices = 64;
+inline int current_device() {
+  int device = 0;
+  return cudaGetDevice(&device) == cudaSuccess && device < most_devices ? device : 0;
+}
+inline int device_attribute(cudaDeviceAttr attribute) {  // 0 without a device
+  int n = 0;
+  return cudaDeviceGetAttribute(&n, attribute, current_device()) == cudaSuccess ? n : 0;
+}
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+inline int shared_memory_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }  // bytes a block
+inline int architecture() {  // 80, 90, ...
+  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) + device_attribute(cudaDevAttrComputeCapabilityMinor);
+}
+
+// Returns a cudaError_t as int; 0 is success. Asks once a kernel and device for shared memory above 48 KB.
+template <auto kernel, class P> int launch(const char*, int blocks, int threads, int shared, void* stream, P p) {
+  static std::atomic<int> granted[most_devices];
+  const int device = current_device();
+  if (shared > 48 * 1024 && granted[device].load(std::memory_order_relaxed) < shared) {
+    const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (e != cudaSuccess) return cudaGetLastError(), e;
+    granted[device].store(shared, std::memory_order_relaxed);
   }
   kernel<<<blocks, threads, shared, static_cast<cudaStream_t>(stream)>>>(p);
   return cudaGetLastError();
 }
-inline int multiprocessors() {
-  int device = 0, n = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device);
-  return n;
-}
+inline const char* error_name(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
 inline void watch_buffer(const char*, const void*, int64_t) {}  // the emulator's bounds and byte counts
 }  // namespace vidla
 #endif

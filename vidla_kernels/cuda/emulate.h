@@ -607,11 +607,18 @@ template <class W> inline void store_global(void* to, W w, bool active) {
   });
 }
 
-template <class P> int launch(void (*kernel)(P), const char* name, int blocks, int threads, int shared, void*, P p) {
+inline int load_constant(const int* from) { return *from; }
+
+// The GPU that is played: VIDLA_EMULATE_ARCH 80 or 90, with VIDLA_EMULATE_SMS multiprocessors.
+inline int multiprocessors() { return emulate::environment("VIDLA_EMULATE_SMS", 2); }
+inline int architecture() { return emulate::environment("VIDLA_EMULATE_ARCH", 80); }
+inline int shared_memory_limit() { return (architecture() == 80 ? 163 : architecture() / 10 == 9 ? 227 : 99) * 1024; }
+template <auto kernel, class P> int launch(const char* name, int blocks, int threads, int shared, void*, P p) {
+  if (shared > shared_memory_limit()) return 1;  // cudaErrorInvalidValue
   emulate::run(name, blocks, threads, shared, [=] { kernel(p); });
   return 0;
 }
-inline int multiprocessors() { return emulate::environment("VIDLA_EMULATE_SMS", 2); }
+inline const char* error_name(int) { return "the emulated launch was refused"; }
 inline void watch_buffer(const char* name, const void* base, int64_t bytes) {
   auto& all = emulate::record().buffers;
   all.erase(std::remove_if(all.begin(), all.end(), [&](auto& b) { return b.name == name; }), all.end());

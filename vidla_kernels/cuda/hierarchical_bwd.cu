@@ -25,7 +25,7 @@ namespace vidla {
 
 struct Gradient : Layout {
   const void *qkv, *out, *d_out;
-  const float* lse;  // (B, H, S), natural logarithm, as the forward leaves it
+  const float* lse;  // (B, H, S), base 2, as the forward leaves it
   void* d_qkv;
   float* partials;  // (B, H, T, G, 3, D) summary tokens' dQ, dK, dV by frame
   float* carry;     // (B, H, T, padded keys, 2, D) dK, dV between turns; untouched where one turn is enough
@@ -164,7 +164,7 @@ VIDLA_KERNEL(32 * warps, blocks_per_sm) hierarchical_bwd_frames(Gradient p) {
   constexpr int columns = 2 * D * key_groups / warps, n = columns / 16;                 // columns a warp
   static_assert(columns % 16 == 0 && D % columns == 0, "a warp's columns are of dK or of dV");
   const int thread = thread_index(), warp = thread >> 5;
-  const int third = p.heads * D, token_stride = 3 * third;
+  const int third = p.heads * D, token_stride = 3 * third;  // of out, d_out, d_qkv
   const int queries = p.queries(), keys = p.keys(), padded = p.padded_keys();
   const int chunks = (padded + chunk - 1) / chunk;
   const Places<D, chunk, buffers, stages, sets> places{p.turn_rows(warps, rows)};
@@ -182,7 +182,8 @@ VIDLA_KERNEL(32 * warps, blocks_per_sm) hierarchical_bwd_frames(Gradient p) {
     return Item{index / p.heads / p.frames, index % p.heads, index / p.heads % p.frames};
   };
   // Where an item begins, in elements; told afresh at each use, for 64-bit bases kept in registers spill.
-  auto in_qkv = [&](const Item& o) { return (int64_t(not_ahead(o.batch)) * p.sequence() * 3 * p.heads + o.head) * D; };
+  auto in_d_qkv = [&](const Item& o) { return (int64_t(not_ahead(o.batch)) * p.sequence() * 3 * p.heads + o.head) * D; };
+  auto in_qkv = [&](const Item& o) { return not_ahead(o.batch) * p.qkv_batch + o.head * p.qkv_head; };
   auto in_out = [&](const Item& o) { return (int64_t(not_ahead(o.batch)) * p.sequence() * p.heads + o.head) * D; };
   auto of_head = [&](const Item& o) { return int64_t(not_ahead(o.batch)) * p.heads + o.head; };
 
@@ -198,7 +199,7 @@ VIDLA_KERNEL(32 * warps, blocks_per_sm) hierarchical_bwd_frames(Gradient p) {
       const bool valid = first + row < queries;
       const int64_t token = valid ? p.query_token(item.frame, first + row) : 0;
       const int to = Rows<D>::at(mine + row, unit);
-      cp_async_16(q_at + to, q + token * token_stride + 8 * unit, valid);
+      cp_async_16(q_at + to, q + token * p.qkv_token + 8 * unit, valid);
       cp_async_16(d_out_at + to, d_out + token * third + 8 * unit, valid);
     }
   };
@@ -207,15 +208,15 @@ VIDLA_KERNEL(32 * warps, blocks_per_sm) hierarchical_bwd_frames(Gradient p) {
   auto fetch_keys = [&] {
     if (to_round >= rounds) return;
     const int left = padded - to_chunk * chunk, count = left < chunk ? left : chunk;
-    const T* k = static_cast<const T*>(p.qkv) + in_qkv(to_item) + third;
+    const T* k = static_cast<const T*>(p.qkv) + in_qkv(to_item) + p.qkv_third;
     const uint32_t k_at = base + places.k(to_slot), v_at = base + places.v(to_slot);
 #pragma unroll 1
     for (int i = not_ahead(thread); i < count * units; i += 32 * warps) {  // whole warps leave together
       const int row = i / units, unit = i % units, key = to_chunk * chunk + row;
       const bool valid = key < keys;  // padding is zero, because 0 * NaN would spoil dQ
-      const T* from = k + int64_t(valid ? p.key_token(to_item.frame, key) : 0) * token_stride + 8 * unit;
+      const T* from = k + (valid ? p.key_token(to_item.frame, key) : 0) * p.qkv_token + 8 * unit;
       cp_async_16(k_at + Rows<D>::at(row, unit), from, valid);
-      cp_async_16(v_at + Rows<D>::at(row, unit), from + third, valid);
+      cp_async_16(v_at + Rows<D>::at(row, unit), from + p.qkv_third, valid);
     }
     to_slot = to_slot + 1 < stages ? to_slot + 1 : 0;
     if (++to_chunk == chunks) to_chunk = 0, to_item = item_of(++to_round);
@@ -291,7 +292,7 @@ VIDLA_KERNEL(32 * warps, blocks_per_sm) hierarchical_bwd_frames(Gradient p) {
           const int row = first + 16 * i + 8 * h + g, token = p.query_token(frame, row);
           const bool sees = row < p.patches || (row < queries && p.frame_visible(frame, token));
           const float x = as_float(load_global<uint32_t>(lse + token, sees));
-          own.lse[i][h] = sees ? x * log2_e : -minus_infinity;
+          own.lse[i][h] = sees ? x : -minus_infinity;
           own.limit[i][h] = p.limit(frame, row);
         }
       }
@@ -324,7 +325,7 @@ VIDLA_KERNEL(32 * warps, blocks_per_sm) hierarchical_bwd_frames(Gradient p) {
       const float factor = part == 1 ? p.scale : 1;
       const bool last = begin + places.capacity >= queries;
       const int64_t index = of_head(item) * p.frames + frame;
-      T* d_qkv = static_cast<T*>(p.d_qkv) + in_qkv(item) + part * third + column;
+      T* d_qkv = static_cast<T*>(p.d_qkv) + in_d_qkv(item) + part * third + column;
       float* partials = p.partials + (index * p.summary() * 3 + part) * D + column + 2 * j;
       float* carries = p.carry + (index * padded * 2 + part - 1) * D + column + 2 * j;
 #pragma unroll
@@ -396,7 +397,7 @@ VIDLA_KERNEL(32 * warps, blocks_per_sm) hierarchical_bwd_frames(Gradient p) {
 
     if (!owner) continue;
     const int lane = not_ahead(thread) & 31, g = lane / 4, j = lane % 4;
-    T* d_q = static_cast<T*>(p.d_qkv) + in_qkv(item);
+    T* d_q = static_cast<T*>(p.d_qkv) + in_d_qkv(item);
     float* partials = p.partials + (of_head(item) * p.frames + frame) * p.summary() * 3 * D + 2 * j;
 #pragma unroll
     for (int i = 0; i < tiles; ++i) {
@@ -442,10 +443,10 @@ template <class T, int D> VIDLA_KERNEL(128, 1) hierarchical_bwd_combine(Gradient
     for (int e = 0; e < 4; ++e) acc[e] += as_float(a.x[e]);
   }
   if (token == 0) {  // CLS sees itself
-    const T* cls = static_cast<const T*>(p.qkv) + at * 3 * third + head * D + 4 * lane;
+    const T* cls = static_cast<const T*>(p.qkv) + batch * p.qkv_batch + head * p.qkv_head + 4 * lane;
     const int64_t of_out = at * third + head * D + 4 * lane;
-    const Word2 q = load_global<Word2>(cls, active), k = load_global<Word2>(cls + third, active);
-    const Word2 v = load_global<Word2>(cls + 2 * third, active);
+    const Word2 q = load_global<Word2>(cls, active), k = load_global<Word2>(cls + p.qkv_third, active);
+    const Word2 v = load_global<Word2>(cls + 2 * p.qkv_third, active);
     const Word2 o = load_global<Word2>(static_cast<const T*>(p.out) + of_out, active);
     const Word2 d_o = load_global<Word2>(static_cast<const T*>(p.d_out) + of_out, active);
     auto dot = [](const Word2& a, const Word2& b) {
@@ -455,7 +456,7 @@ template <class T, int D> VIDLA_KERNEL(128, 1) hierarchical_bwd_combine(Gradient
       return x;
     };
     const float lse = as_float(load_global<uint32_t>(p.lse + of_head * p.sequence(), true));
-    const float weight = exp2_fast(dot(q, k) * p.scale_log2 - lse * log2_e);
+    const float weight = exp2_fast(dot(q, k) * p.scale_log2 - lse);
     const float d_score = weight * (dot(d_o, v) - dot(d_o, o)) * p.scale;
     const Word2 with = part == 0 ? k : part == 1 ? q : d_o;
     const float factor = part == 2 ? weight : d_score;
@@ -466,81 +467,83 @@ template <class T, int D> VIDLA_KERNEL(128, 1) hierarchical_bwd_combine(Gradient
 }
 
 // ---- host ----------------------------------------------------------------------------------------------------------
-struct Call {
-  int64_t workspace_bytes;
-  int64_t* needed;  // not null: tell the size of the workspace and do nothing
-  void* stream;
-};
-
+// With `needed`: only says whether this configuration can take the call, and how many bytes of workspace it needs.
 template <class T, int D, int warps, int tiles, int chunk, int buffers, int stages, int sets, int blocks_per_sm>
-int run(Gradient p, const Call& call) {
+int run(Gradient p, const Call& c, void* stream, int64_t* needed) {
   const Places<D, chunk, buffers, stages, sets> places{p.turn_rows(warps, 16 * tiles)};
   const int items = p.batch * p.heads * p.frames, room = multiprocessors() * blocks_per_sm;
   const int64_t partials = int64_t(items) * p.summary() * 3 * D;
   const int64_t carry = places.capacity < p.queries() ? int64_t(items) * p.padded_keys() * 2 * D : 0;
-  if (call.needed) return *call.needed = 4 * (partials + carry), 0;
-  if (call.workspace_bytes < 4 * (partials + carry)) return small_workspace;
+  if (places.bytes() > shared_memory_limit()) return no_room;
+  if (needed) return *needed = 4 * (partials + carry), 0;
+  if (const int status = wrong_pointers(c, 4 * (partials + carry))) return status;
+  watch_buffers(c);
   p.carry = p.partials + partials;
   p.blocks = items < room ? items : room;
-  const int status = launch(hierarchical_bwd_frames<T, D, warps, tiles, chunk, buffers, stages, sets, blocks_per_sm>,
-                            "bwd_frames", p.blocks, 32 * warps, places.bytes(), call.stream, p);
+  const int status = launch<hierarchical_bwd_frames<T, D, warps, tiles, chunk, buffers, stages, sets, blocks_per_sm>>(
+      "bwd_frames", p.blocks, 32 * warps, places.bytes(), stream, p);
   if (status) return status;
   const int outputs = p.batch * p.heads * p.summary() * 3;
-  return launch(hierarchical_bwd_combine<T, D>, "bwd_combine", (outputs + 3) / 4, 128, 0, call.stream, p);
+  return launch<hierarchical_bwd_combine<T, D>>("bwd_combine", (outputs + 3) / 4, 128, 0, stream, p);
 }
 
-// Warps, tiles, chunk, pairs of strips, slots of the ring, sets of tables, blocks an SM. README.md has their counts.
-template <class T> int dispatch(const Gradient& p, int dim, int variant, const Call& call) {
+// Configurations: warps, tiles, chunk, pairs of strips, slots of the ring, sets of tables, blocks an SM.
+template <class T> int dispatch(const Gradient& p, int variant, const Call& c, void* stream, int64_t* needed) {
+  const int dim = c.head_dim;
   if (dim == 64) {
-    if (variant == 0) return run<T, 64, 8, 2, 64, 1, 2, 2, 1>(p, call);
-    if (variant == 1) return run<T, 64, 8, 2, 32, 2, 2, 2, 1>(p, call);
-    if (variant == 2) return run<T, 64, 8, 2, 32, 1, 2, 2, 1>(p, call);
-    if (variant == 3) return run<T, 64, 8, 2, 64, 1, 2, 1, 1>(p, call);
-    if (variant == 4) return run<T, 64, 4, 2, 32, 1, 3, 1, 2>(p, call);
-    if (variant == 5) return run<T, 64, 4, 1, 32, 1, 2, 1, 3>(p, call);
+    if (variant == 0) return run<T, 64, 8, 2, 64, 1, 2, 2, 1>(p, c, stream, needed);
+    if (variant == 1) return run<T, 64, 8, 2, 32, 2, 2, 2, 1>(p, c, stream, needed);
+    if (variant == 2) return run<T, 64, 8, 2, 32, 1, 2, 2, 1>(p, c, stream, needed);
+    if (variant == 3) return run<T, 64, 8, 2, 64, 1, 2, 1, 1>(p, c, stream, needed);
+    if (variant == 4) return run<T, 64, 4, 2, 32, 1, 3, 1, 2>(p, c, stream, needed);
+    if (variant == 5) return run<T, 64, 4, 1, 32, 1, 2, 1, 3>(p, c, stream, needed);
     return unknown_variant;
   }
   if (variant) return unknown_variant;
-  if (dim == 32) return run<T, 32, 4, 2, 32, 2, 2, 1, 2>(p, call);
-  if (dim == 80) return run<T, 80, 10, 1, 32, 1, 2, 1, 1>(p, call);
-  if (dim == 96) return run<T, 96, 12, 1, 32, 1, 2, 1, 1>(p, call);
-  if (dim == 128) return run<T, 128, 8, 1, 32, 2, 2, 1, 1>(p, call);
+  if (dim == 32) return run<T, 32, 4, 2, 32, 2, 2, 1, 2>(p, c, stream, needed);
+  if (dim == 80) return run<T, 80, 10, 1, 32, 1, 2, 1, 1>(p, c, stream, needed);
+  if (dim == 96) return run<T, 96, 12, 1, 32, 1, 2, 1, 1>(p, c, stream, needed);
+  if (dim == 128) return run<T, 128, 8, 1, 32, 2, 2, 1, 1>(p, c, stream, needed);
   return unsupported_dim;
+}
+
+inline int backward(const Call& c, int variant, void* stream, int64_t* needed) {
+  if (const int status = wrong_sizes(c)) return status;
+  Gradient p{layout_of(c), c.qkv,   c.out,   c.d_out, c.lse, c.d_qkv, static_cast<float*>(c.workspace),
+             nullptr,      c.scale, c.scale * log2_e, 0};
+  return c.type ? dispatch<fp16>(p, variant, c, stream, needed) : dispatch<bf16>(p, variant, c, stream, needed);
+}
+
+inline int choose_backward(const Call& c) {  // the first that fits into shared memory
+  if (c.head_dim != 64) return 0;
+  if (c.patches + c.summary <= 64) return 5;
+  int64_t needed;
+  int variant = 0;
+  while (backward(c, variant, nullptr, &needed) == no_room && variant < 5) ++variant;
+  return variant;
 }
 }  // namespace vidla
 
-// Bytes, or a Status (< 0): the summary tokens' parts, and the carry where a frame takes several turns.
-VIDLA_EXPORT int64_t vidla_hierarchical_bwd_workspace(int batch, int heads, int dim, int frames, int patches,
-                                                      int levels, int tokens_per_level, int patches_see_cls,
-                                                      int variant) {
+// Enqueues the backward on `stream` of the current device. Returns 0, a Status (< 0) or a cudaError_t.
+VIDLA_EXPORT int vidla_hierarchical_backward(const vidla::Call* c, void* stream) {
   using namespace vidla;
-  Gradient p{};
-  static_cast<Layout&>(p) = {batch, heads, frames, patches, levels, tokens_per_level, 1, patches_see_cls};
+  return backward(*c, c->variant < 0 ? choose_backward(*c) : c->variant, stream, nullptr);
+}
+
+// Bytes of workspace the call needs, or why it can't be served (a Status, < 0). Pointers aren't looked at.
+VIDLA_EXPORT int64_t vidla_hierarchical_backward_workspace(const vidla::Call* c) {
+  using namespace vidla;
   int64_t needed = 0;
-  const int status = dispatch<bf16>(p, dim, variant, {0, &needed, nullptr});
+  const int status = backward(*c, c->variant < 0 ? choose_backward(*c) : c->variant, nullptr, &needed);
   return status ? status : needed;
 }
 
-// type: 0 bf16, 1 fp16. Pointers 16-byte aligned, tensors contiguous. Returns 0, a Status (< 0) or a cudaError_t.
-VIDLA_EXPORT int vidla_hierarchical_bwd(const void* qkv, const void* out, const void* d_out, const float* lse,
-                                        void* d_qkv, void* workspace, int64_t workspace_bytes, int type, int batch,
-                                        int heads, int dim, int frames, int patches, int levels, int tokens_per_level,
-                                        int temporal_scale, int patches_see_cls, float scale, int variant,
-                                        void* stream) {
-  using namespace vidla;
-  const Layout layout{batch, heads, frames, patches, levels, tokens_per_level, temporal_scale, patches_see_cls};
-  Gradient p{layout, qkv, out, d_out, lse, d_qkv, static_cast<float*>(workspace), nullptr, scale, scale * log2_e, 0};
-  const bool sizes = batch > 0 && heads > 0 && frames > 0 && patches > 0 && temporal_scale > 0;
-  if (!sizes || levels < 0 || (levels && tokens_per_level < 1) || !(scale > 0)) return bad_layout;
-  const int64_t unit = int64_t(batch) * p.sequence() * heads * dim * 2;
-  watch_buffer("qkv", qkv, 3 * unit);
-  watch_buffer("out", out, unit);
-  watch_buffer("d_out", d_out, unit);
-  watch_buffer("lse", lse, int64_t(batch) * heads * p.sequence() * 4);
-  watch_buffer("d_qkv", d_qkv, 3 * unit);
-  watch_buffer("workspace", workspace, workspace_bytes);
-  const Call call{workspace_bytes, nullptr, stream};
-  if (type == 0) return dispatch<bf16>(p, dim, variant, call);
-  if (type == 1) return dispatch<fp16>(p, dim, variant, call);
-  return unsupported_type;
+// The variant that -1 stands for, and all there are for a head dimension, in words (null past the last).
+VIDLA_EXPORT int vidla_hierarchical_backward_choice(const vidla::Call* c) { return vidla::choose_backward(*c); }
+VIDLA_EXPORT const char* vidla_hierarchical_backward_variant(int head_dim, int variant) {
+  static const char* d64[] = {"8 warps, 2 tiles, 64 keys, 2 sets",          "8 warps, 2 tiles, 32 keys, 2 sets, 2 strips",
+                              "8 warps, 2 tiles, 32 keys, 2 sets",          "8 warps, 2 tiles, 64 keys",
+                              "4 warps, 2 tiles, 32 keys, 2 blocks, turns", "4 warps, 1 tile, 32 keys, 3 blocks"};
+  if (head_dim == 64) return variant >= 0 && variant < 6 ? d64[variant] : nullptr;
+  return variant == 0 ? "the only one" : nullptr;
 }

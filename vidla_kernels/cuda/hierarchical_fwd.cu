@@ -17,10 +17,10 @@ namespace vidla {
 struct Problem : Layout {
   const void* qkv;
   void* out;
-  float* lse;         // (B, H, S) natural logarithm of each row's sum of exp(scale * score); may be null
+  float* lse;         // (B, H, S) base 2: log2 of each row's sum of exp(scale * score)
   float* sums;        // (B, H, T, G, D) unnormalised partial outputs
   float* statistics;  // (B, H, T, G, 2) maximum score, sum of weights
-  float scale, scale_log2;  // softmax scale, and that * log2(e): exp(scale * x) = exp2(scale_log2 * x)
+  float scale_log2;   // softmax scale * log2(e): exp(scale * x) = exp2(scale_log2 * x)
 };
 
 template <int D> int shared_bytes(const Problem& p, int warps, int tiles) {
@@ -114,9 +114,9 @@ VIDLA_KERNEL(32 * warps, blocks_per_sm) hierarchical_fwd_frames(Problem p) {
   const int thread = thread_index(), lane = thread % 32, warp = thread / 32, g = lane / 4, j = lane % 4;
   const int head = block_index() % p.heads, frame = block_index() / p.heads % p.frames;
   const int batch = block_index() / p.heads / p.frames;
-  const int token_stride = 3 * p.heads * D, third = p.heads * D;
-  const T* qkv = static_cast<const T*>(p.qkv) + int64_t(batch) * p.sequence() * token_stride + head * D;
-  T* out = static_cast<T*>(p.out) + int64_t(batch) * p.sequence() * third + head * D;
+  const int out_token = p.heads * D;
+  const T* qkv = static_cast<const T*>(p.qkv) + batch * p.qkv_batch + head * p.qkv_head;
+  T* out = static_cast<T*>(p.out) + int64_t(batch) * p.sequence() * out_token + head * D;
   const int64_t partial = (int64_t(batch) * p.heads + head) * p.frames + frame;
 
   const int queries = p.queries(), keys = p.keys(), padded = p.padded_keys();
@@ -128,7 +128,7 @@ VIDLA_KERNEL(32 * warps, blocks_per_sm) hierarchical_fwd_frames(Problem p) {
     for (int i = lane; i < rows * units; i += 32) {
       const int row = i / units, unit = i % units;
       const bool valid = first + row < queries;
-      const T* from = qkv + int64_t(valid ? p.query_token(frame, first + row) : 0) * token_stride + 8 * unit;
+      const T* from = qkv + (valid ? p.query_token(frame, first + row) : 0) * p.qkv_token + 8 * unit;
       cp_async_16(q_at + Rows<D>::at(row, unit), from, valid);
     }
     cp_async_commit();
@@ -137,9 +137,9 @@ VIDLA_KERNEL(32 * warps, blocks_per_sm) hierarchical_fwd_frames(Problem p) {
   for (int i = thread; i < padded * units; i += 32 * warps) {  // padded is a multiple of 16: whole warps leave together
     const int key = i / units, unit = i % units;
     const bool valid = key < keys;  // padding is zero, because 0 * NaN would spoil PV
-    const T* from = qkv + int64_t(valid ? p.key_token(frame, key) : 0) * token_stride + third + 8 * unit;
+    const T* from = qkv + (valid ? p.key_token(frame, key) : 0) * p.qkv_token + p.qkv_third + 8 * unit;
     cp_async_16(k_at + Rows<D>::at(key, unit), from, valid);
-    cp_async_16(v_at + Rows<D>::at(key, unit), from + third, valid);
+    cp_async_16(v_at + Rows<D>::at(key, unit), from + p.qkv_third, valid);
   }
   cp_async_commit();
   if (warp * rows < queries) fetch_queries(warp * rows);
@@ -194,11 +194,11 @@ VIDLA_KERNEL(32 * warps, blocks_per_sm) hierarchical_fwd_frames(Problem p) {
             const uint32_t other = shuffle_xor(j % 2 ? left : right, 1);
             const int column = 16 * d + (j % 2 ? 8 + 2 * (j - 1) : 2 * j);
             const Word2 four = j % 2 ? Word2{{other, right}} : Word2{{left, other}};
-            store_global(out + int64_t(token) * third + column, four, row < p.patches);
+            store_global(out + int64_t(token) * out_token + column, four, row < p.patches);
           }
-          const bool keep = p.lse && row < p.patches && j == 0;
+          const bool keep = row < p.patches && j == 0;
           float* lse = p.lse + (int64_t(not_ahead(batch)) * p.heads + head) * p.sequence() + token;
-          store_global(lse, as_word(strip.maximum[i][h] * p.scale + logf(sum)), keep);
+          store_global(lse, as_word(strip.maximum[i][h] * p.scale_log2 + log2f(sum)), keep);
         }
         if (first + rows > p.patches) {  // some summary rows
           const bool mine = row >= p.patches && row < queries && p.frame_visible(frame, token);
@@ -223,16 +223,16 @@ template <class T, int D> VIDLA_KERNEL(128, 1) hierarchical_fwd_combine(Problem 
   const int lane = thread_index() % 32, row = block_index() * 4 + thread_index() / 32;
   const int token = row % p.summary(), head = row / p.summary() % p.heads, batch = row / p.summary() / p.heads;
   if (batch >= p.batch) return;  // a whole warp leaves
-  const int third = p.heads * D;
+  const int out_token = p.heads * D;
   const bool active = lane < D / 4;
   const int64_t partial = (int64_t(batch) * p.heads + head) * p.frames;
   const int64_t at = int64_t(batch) * p.sequence() + token;
 
   float own = minus_infinity, v[4] = {};  // CLS's score for itself, and its value
   if (token == 0) {
-    const T* cls = static_cast<const T*>(p.qkv) + at * 3 * third + head * D + 4 * lane;
-    const Word2 q = load_global<Word2>(cls, active), k = load_global<Word2>(cls + third, active);
-    const Word2 w = load_global<Word2>(cls + 2 * third, active);
+    const T* cls = static_cast<const T*>(p.qkv) + batch * p.qkv_batch + head * p.qkv_head + 4 * lane;
+    const Word2 q = load_global<Word2>(cls, active), k = load_global<Word2>(cls + p.qkv_third, active);
+    const Word2 w = load_global<Word2>(cls + 2 * p.qkv_third, active);
     own = 0;
     for (int e = 0; e < 4; ++e) {
       own += unpack<T>(q.x[e / 2], e % 2) * unpack<T>(k.x[e / 2], e % 2);
@@ -258,65 +258,78 @@ template <class T, int D> VIDLA_KERNEL(128, 1) hierarchical_fwd_combine(Problem 
     for (int e = 0; e < 4; ++e) acc[e] += weight * as_float(a.x[e]);
   }
   const Word2 o = {{pack<T>(acc[0] / sum, acc[1] / sum), pack<T>(acc[2] / sum, acc[3] / sum)}};
-  store_global(static_cast<T*>(p.out) + at * third + head * D + 4 * lane, o, active);
+  store_global(static_cast<T*>(p.out) + at * out_token + head * D + 4 * lane, o, active);
   float* lse = p.lse + (int64_t(batch) * p.heads + head) * p.sequence() + token;
-  store_global(lse, as_word(top * p.scale + logf(sum)), p.lse && lane == 0);
+  store_global(lse, as_word(top * p.scale_log2 + log2f(sum)), lane == 0);
 }
 
 // ---- host ----------------------------------------------------------------------------------------------------------
-template <class T, int D, int warps, int tiles, int chunk, int blocks_per_sm> int run(const Problem& p, void* stream) {
-  const int status = launch(hierarchical_fwd_frames<T, D, warps, tiles, chunk, blocks_per_sm>, "frames",
-                            p.batch * p.heads * p.frames, 32 * warps, shared_bytes<D>(p, warps, tiles), stream, p);
-  if (status) return status;
-  const int rows = p.batch * p.heads * p.summary();
-  return launch(hierarchical_fwd_combine<T, D>, "combine", (rows + 3) / 4, 128, 0, stream, p);
+inline int64_t forward_workspace(const Call& c) {  // bytes of Problem's sums and statistics
+  return int64_t(c.batch) * c.heads * c.frames * c.summary * (c.head_dim + 2) * 4;
 }
 
-// Warps, tiles, chunk, blocks an SM. Candidates for the timing on a GPU that will choose; README.md has their counts.
-template <class T> int dispatch(const Problem& p, int dim, int variant, void* stream) {
+// With dry: only says whether this configuration can take the call.
+template <class T, int D, int warps, int tiles, int chunk, int blocks_per_sm>
+int run(const Problem& p, void* stream, bool dry) {
+  const int shared = shared_bytes<D>(p, warps, tiles);
+  if (shared > shared_memory_limit()) return no_room;
+  if (dry) return 0;
+  const int status = launch<hierarchical_fwd_frames<T, D, warps, tiles, chunk, blocks_per_sm>>(
+      "fwd_frames", p.batch * p.heads * p.frames, 32 * warps, shared, stream, p);
+  if (status) return status;
+  const int rows = p.batch * p.heads * p.summary();
+  return launch<hierarchical_fwd_combine<T, D>>("fwd_combine", (rows + 3) / 4, 128, 0, stream, p);
+}
+
+// Configurations: warps, tiles, chunk, blocks an SM.
+template <class T> int dispatch(const Problem& p, int dim, int variant, void* stream, bool dry) {
   if (dim == 64) {
-    if (variant == 0) return run<T, 64, 4, 1, 64, 3>(p, stream);
-    if (variant == 1) return run<T, 64, 4, 2, 32, 2>(p, stream);
-    if (variant == 2) return run<T, 64, 7, 1, 32, 2>(p, stream);
-    if (variant == 3) return run<T, 64, 4, 2, 16, 3>(p, stream);
-    if (variant == 4) return run<T, 64, 4, 1, 208, 2>(p, stream);
+    if (variant == 0) return run<T, 64, 4, 1, 64, 3>(p, stream, dry);
+    if (variant == 1) return run<T, 64, 4, 2, 32, 2>(p, stream, dry);
+    if (variant == 2) return run<T, 64, 7, 1, 32, 2>(p, stream, dry);
+    if (variant == 3) return run<T, 64, 4, 2, 16, 3>(p, stream, dry);
+    if (variant == 4) return run<T, 64, 4, 1, 208, 2>(p, stream, dry);
     return unknown_variant;
   }
   if (variant) return unknown_variant;
-  if (dim == 32) return run<T, 32, 4, 1, 64, 4>(p, stream);
-  if (dim == 80) return run<T, 80, 4, 1, 64, 2>(p, stream);
-  if (dim == 96) return run<T, 96, 4, 1, 64, 2>(p, stream);
-  if (dim == 128) return run<T, 128, 4, 1, 64, 2>(p, stream);
+  if (dim == 32) return run<T, 32, 4, 1, 64, 4>(p, stream, dry);
+  if (dim == 80) return run<T, 80, 4, 1, 64, 2>(p, stream, dry);
+  if (dim == 96) return run<T, 96, 4, 1, 64, 2>(p, stream, dry);
+  if (dim == 128) return run<T, 128, 4, 1, 64, 2>(p, stream, dry);
   return unsupported_dim;
+}
+inline int choose(const Call&) { return 0; }
+
+inline int forward(const Call& c, void* stream, bool dry) {
+  if (const int status = wrong_sizes(c)) return status;
+  if (!(c.scale >= 0)) return bad_layout;  // the maximum is taken before the scale
+  float* sums = static_cast<float*>(c.workspace);
+  Problem p{layout_of(c), c.qkv, c.out, c.lse, sums, nullptr, c.scale * log2_e};
+  if (!dry) {
+    if (const int status = wrong_pointers(c, forward_workspace(c))) return status;
+    p.statistics = sums + int64_t(c.batch) * c.heads * c.frames * c.summary * c.head_dim;
+    watch_buffers(c);
+  }
+  const int variant = c.variant < 0 ? choose(c) : c.variant;
+  return c.type ? dispatch<fp16>(p, c.head_dim, variant, stream, dry) : dispatch<bf16>(p, c.head_dim, variant, stream, dry);
 }
 }  // namespace vidla
 
-VIDLA_EXPORT int64_t vidla_hierarchical_fwd_workspace(int batch, int heads, int dim, int frames, int levels,
-                                                      int tokens_per_level) {
-  return int64_t(batch) * heads * frames * (1 + levels * tokens_per_level) * (dim + 2) * 4;
+// Enqueues the forward on `stream` of the current device. Returns 0, a Status (< 0) or a cudaError_t.
+VIDLA_EXPORT int vidla_hierarchical_forward(const vidla::Call* c, void* stream) { return vidla::forward(*c, stream, false); }
+
+// Bytes of workspace the call needs, or why it can't be served (a Status, < 0). Pointers aren't looked at.
+VIDLA_EXPORT int64_t vidla_hierarchical_forward_workspace(const vidla::Call* c) {
+  const int status = vidla::forward(*c, nullptr, true);
+  return status ? status : vidla::forward_workspace(*c);
 }
 
-// type: 0 bf16, 1 fp16. Pointers 16-byte aligned, tensors contiguous, lse may be null. Returns 0, a Status (< 0) or a
-// cudaError_t.
-VIDLA_EXPORT int vidla_hierarchical_fwd(const void* qkv, void* out, float* lse, void* workspace,
-                                        int64_t workspace_bytes, int type, int batch, int heads, int dim, int frames,
-                                        int patches, int levels, int tokens_per_level, int temporal_scale,
-                                        int patches_see_cls, float scale, int variant, void* stream) {
-  using namespace vidla;
-  const Layout layout{batch, heads, frames, patches, levels, tokens_per_level, temporal_scale, patches_see_cls};
-  Problem p{layout, qkv, out, lse, nullptr, nullptr, scale, scale * log2_e};
-  const bool sizes = batch > 0 && heads > 0 && frames > 0 && patches > 0 && temporal_scale > 0;
-  if (!sizes || levels < 0 || (levels && tokens_per_level < 1) || !(scale > 0)) return bad_layout;
-  if (workspace_bytes < vidla_hierarchical_fwd_workspace(batch, heads, dim, frames, levels, tokens_per_level))
-    return small_workspace;
-  p.sums = static_cast<float*>(workspace);
-  p.statistics = p.sums + int64_t(batch) * heads * frames * p.summary() * dim;
-  const int64_t unit = int64_t(batch) * p.sequence() * heads * dim * 2;
-  watch_buffer("qkv", qkv, 3 * unit);
-  watch_buffer("out", out, unit);
-  if (lse) watch_buffer("lse", lse, int64_t(batch) * heads * p.sequence() * 4);
-  watch_buffer("workspace", workspace, workspace_bytes);
-  if (type == 0) return dispatch<bf16>(p, dim, variant, stream);
-  if (type == 1) return dispatch<fp16>(p, dim, variant, stream);
-  return unsupported_type;
+// The variant that -1 stands for, and all there are for a head dimension, in words (null past the last).
+VIDLA_EXPORT int vidla_hierarchical_forward_choice(const vidla::Call* c) { return vidla::choose(*c); }
+VIDLA_EXPORT const char* vidla_hierarchical_forward_variant(int head_dim, int variant) {
+  static const char* d64[] = {"4 warps, 1 tile, 64 keys, 3 blocks", "4 warps, 2 tiles, 32 keys, 2 blocks",
+                              "7 warps, 1 tile, 32 keys, 2 blocks", "4 warps, 2 tiles, 16 keys, 3 blocks",
+                              "4 warps, 1 tile, 208 keys, 2 blocks"};
+  if (head_dim == 64) return variant >= 0 && variant < 5 ? d64[variant] : nullptr;
+  return variant == 0 ? "4 warps, 1 tile, 64 keys" : nullptr;
 }
