@@ -205,8 +205,8 @@ def forward(qkv: torch.Tensor, layout: TokenLayout, scale: float, variant: int =
         RuntimeError: the launch failed, or the emulation found an error in the kernel.
     """
     B, S, _, H, D = qkv.shape
-    if scale < 0:  # the kernel takes a maximum before it scales
-        qkv, scale = torch.cat((-qkv[:, :, :1], qkv[:, :, 1:]), 2), -scale
+    if scale <= 0:  # the kernel takes a maximum, from -inf on, before it scales
+        qkv, scale = torch.cat((qkv[:, :, :1] * (-1 if scale else 0), qkv[:, :, 1:]), 2), -scale or 1.0
     qkv = _aligned(qkv)
     out = torch.empty(B, S, H, D, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(B, H, S, dtype=torch.float32, device=qkv.device)

@@ -7,7 +7,8 @@
 //   cp.async        lands at the wait_group that covers it, not before; touching its destination earlier is an error
 //   races           each 4-byte word remembers its last writer and reader as (thread, barriers passed, warp syncs
 //                   passed); an access that no block_sync, or warp_sync inside a warp, puts after those is an error
-//   global memory   accesses outside a watched buffer are errors; bytes are counted, in all and distinct
+//   global memory   accesses outside a watched buffer are errors, and so is what one block writes and another one of
+//                   the same launch reads or writes; bytes are counted, in all and distinct
 //   control flow    lanes that meet at different primitives, a barrier not reached by all, a lost cp.async: errors
 // What it can't see: time, registers, the memory model between blocks, ex2's and mma's last bits.
 // Needs ucontext (glibc); tried on x86-64 Linux.
@@ -101,6 +102,7 @@ struct Buffer {  // a stretch of global memory; counts per 4-byte word
   const char* base;
   int64_t bytes;
   std::vector<uint16_t> reads, writes;
+  std::vector<int32_t> writer;  // the block that has written it during this launch; -1 where none has
 };
 
 struct Record {  // all of it behind `lock` except the atomic increments in Buffer
@@ -335,19 +337,43 @@ inline int word_conflicts(const Warp& w) {
 }
 
 // ---- global memory -------------------------------------------------------------------------------------------------
-inline bool note_global(const void* p, int bytes, bool write) {
+inline Buffer* buffer_of(const void* p, int bytes) {
   const char* at = static_cast<const char*>(p);
-  for (Buffer& b : record().buffers) {
-    if (at < b.base || at + bytes > b.base + b.bytes) continue;
-    auto& counts = write ? b.writes : b.reads;
-    for (int64_t i = (at - b.base) / 4; i < (at - b.base + bytes) / 4; ++i)
-      __atomic_fetch_add(&counts[i], 1, __ATOMIC_RELAXED);
-    if (reinterpret_cast<uintptr_t>(p) % bytes == 0) return true;
-    error("misaligned global access", b.name + ", " + place(*worker->lane));
-    return false;
-  }
-  error("global memory out of range", std::string(write ? "write, " : "read, ") + place(*worker->lane));
+  for (Buffer& b : record().buffers)
+    if (at >= b.base && at + bytes <= b.base + b.bytes) return &b;
+  return nullptr;
+}
+inline bool global_in_range(const void* p, int bytes, const char* what) {
+  const Buffer* b = buffer_of(p, bytes);
+  if (!b) error("global memory out of range", std::string(what) + ", " + place(*worker->lane));
+  else if (reinterpret_cast<uintptr_t>(p) % bytes) error("misaligned global access", b->name + ", " + place(*worker->lane));
+  else return true;
   return false;
+}
+// What a warp instruction moves: lanes that name one address move it once. Returns the bytes.
+inline int note_global(const Warp& w, int bytes, bool write) {
+  int moved = 0;
+  for (int l = 0; l < 32; ++l) {
+    const void* p = w.lanes[l].pointer;
+    bool counts = w.lanes[l].active, shared = false;
+    for (int i = 0; i < l && counts && !shared; ++i) shared = w.lanes[i].active && w.lanes[i].pointer == p;
+    if (shared && write) error("two lanes write one address", place(w.lanes[l]));
+    counts &= !shared;
+    Buffer* b = counts ? buffer_of(p, bytes) : nullptr;
+    if (!b) continue;
+    moved += bytes;
+    const int64_t first = (static_cast<const char*>(p) - b->base) / 4;
+    for (int64_t i = first; i < first + bytes / 4; ++i) {
+      __atomic_fetch_add(&(write ? b->writes : b->reads)[i], 1, __ATOMIC_RELAXED);
+      const int before = write ? __atomic_exchange_n(&b->writer[i], worker->block, __ATOMIC_RELAXED)
+                               : __atomic_load_n(&b->writer[i], __ATOMIC_RELAXED);
+      if (before >= 0 && before != worker->block)
+        error("race between blocks", std::string(write ? "write" : "read") + " of byte " + std::to_string(4 * i) + " of " +
+                                         b->name + ", written by block " + std::to_string(before) + ", " +
+                                         place(w.lanes[l]));
+    }
+  }
+  return moved;
 }
 inline int sectors(const Warp& w) {
   uintptr_t seen[32];
@@ -387,6 +413,7 @@ inline void run_block(Worker& k, int block, int shared) {
 inline void run(const char* kernel_name, int blocks, int threads, int shared, const std::function<void()>& kernel) {
   static std::mutex one_launch;
   std::lock_guard<std::mutex> hold(one_launch);
+  for (Buffer& b : record().buffers) std::fill(b.writer.begin(), b.writer.end(), -1);
   static std::vector<std::unique_ptr<Worker>> pool;
   const int n = std::min(blocks, environment("VIDLA_EMULATE_THREADS", int(std::thread::hardware_concurrency())));
   std::atomic<int> next{0};
@@ -451,7 +478,7 @@ inline void cp_async_16(uint32_t shared, const void* global, bool valid) {
   if (shared_in_range(shared, 16, "cp.async")) {
     note_write(me, shared, 16, true, "cp.async");
     memset(&worker->shared[shared], 0xff, 16);
-    me.in_flight.push_back({shared, global, valid && note_global(global, 16, false), me.groups});
+    me.in_flight.push_back({shared, global, valid && global_in_range(global, 16, "cp.async"), me.groups});
   }
   rendezvous(Op::cp_async, [](Warp& w) {
     Counters& n = worker->count;
@@ -462,7 +489,8 @@ inline void cp_async_16(uint32_t shared, const void* global, bool valid) {
       for (int i = 0; i < 8; ++i) rows[i] = w.lanes[q + i].address;
       n.cp_async_conflicts += conflicts(rows, 8);
     }
-    for (const Lane& l : w.lanes) n.global_read += l.active ? 16 : 0, n.shared_written += 16;
+    n.global_read += note_global(w, 16, false);
+    n.shared_written += 512;
   });
 }
 inline void cp_async_commit() { ++emulate::worker->lane->groups; }
@@ -589,10 +617,10 @@ template <class W> inline W load_global(const void* from, bool active) {
   me.pointer = from, me.active = active;
   W w;
   memset(&w, active ? 0xff : 0, sizeof w);
-  if (active && note_global(from, sizeof w, false)) memcpy(&w, from, sizeof w);
+  if (active && global_in_range(from, sizeof w, "load")) memcpy(&w, from, sizeof w);
   rendezvous(Op::load, [](Warp& warp) {
     worker->count.sectors_read += sectors(warp);
-    for (const Lane& l : warp.lanes) worker->count.global_read += l.active ? sizeof(W) : 0;
+    worker->count.global_read += note_global(warp, sizeof(W), false);
   });
   return w;
 }
@@ -600,10 +628,10 @@ template <class W> inline void store_global(void* to, W w, bool active) {
   using namespace emulate;
   Lane& me = *worker->lane;
   me.pointer = to, me.active = active;
-  if (active && note_global(to, sizeof w, true)) memcpy(to, &w, sizeof w);
+  if (active && global_in_range(to, sizeof w, "store")) memcpy(to, &w, sizeof w);
   rendezvous(Op::store, [](Warp& warp) {
     worker->count.sectors_written += sectors(warp);
-    for (const Lane& l : warp.lanes) worker->count.global_written += l.active ? sizeof(W) : 0;
+    worker->count.global_written += note_global(warp, sizeof(W), true);
   });
 }
 
@@ -622,8 +650,9 @@ inline const char* error_name(int) { return "the emulated launch was refused"; }
 inline void watch_buffer(const char* name, const void* base, int64_t bytes) {
   auto& all = emulate::record().buffers;
   all.erase(std::remove_if(all.begin(), all.end(), [&](auto& b) { return b.name == name; }), all.end());
-  all.push_back({name, static_cast<const char*>(base), bytes, std::vector<uint16_t>(bytes / 4),
-                 std::vector<uint16_t>(bytes / 4)});
+  const size_t words = bytes / 4;
+  all.push_back({name, static_cast<const char*>(base), bytes, std::vector<uint16_t>(words), std::vector<uint16_t>(words),
+                 std::vector<int32_t>(words, -1)});
 }
 }  // namespace vidla
 
@@ -652,12 +681,13 @@ extern "C" __attribute__((used, visibility("default"))) inline const char* vidla
               field("sectors_written", c.sectors_written)}) +
         "}");
   for (auto& b : r.buffers) {
-    int64_t read = 0, written = 0, most_read = 0, most_written = 0;
-    for (auto n : b.reads) read += n > 0, most_read = std::max<int64_t>(most_read, n);
-    for (auto n : b.writes) written += n > 0, most_written = std::max<int64_t>(most_written, n);
+    int64_t read = 0, written = 0, all_read = 0, all_written = 0, most_read = 0, most_written = 0;
+    for (auto n : b.reads) all_read += n, read += n > 0, most_read = std::max<int64_t>(most_read, n);
+    for (auto n : b.writes) all_written += n, written += n > 0, most_written = std::max<int64_t>(most_written, n);
     buffers.push_back(
         "\"" + b.name + "\": {" +
-        list({field("bytes", b.bytes), field("distinct_read", 4 * read), field("distinct_written", 4 * written),
+        list({field("bytes", b.bytes), field("read", 4 * all_read), field("written", 4 * all_written),
+              field("distinct_read", 4 * read), field("distinct_written", 4 * written),
               field("most_read", most_read), field("most_written", most_written)}) +
         "}");
   }

@@ -30,7 +30,7 @@ struct Call {
   int32_t type;      // 0 bf16, 1 fp16
   int32_t batch, heads, head_dim, frames, patches, summary, patches_see_cls;
   int32_t variant;   // -1: the source's own choice for this architecture and shape
-  float scale;       // forward: >= 0
+  float scale;       // forward: > 0
 };
 
 enum Status {  // what a launcher returns beside 0 and a cudaError_t (> 0); words: library.cu

@@ -302,7 +302,7 @@ inline int choose(const Call&) { return 0; }
 
 inline int forward(const Call& c, void* stream, bool dry) {
   if (const int status = wrong_sizes(c)) return status;
-  if (!(c.scale >= 0)) return bad_layout;  // the maximum is taken before the scale
+  if (!(c.scale > 0)) return bad_layout;  // the maximum is taken before the scale
   float* sums = static_cast<float*>(c.workspace);
   Problem p{layout_of(c), c.qkv, c.out, c.lse, sums, nullptr, c.scale * log2_e};
   if (!dry) {
