@@ -11,3 +11,134 @@ class Break(NamedTuple):
     what: str
     old: str
     new: str
+    seen_by: str = ""  # how it must be noticed: "emulation" raises, "values" are off, or "counters"; may be several
+    quick: bool = False  # part of every run of the tests
+
+
+BREAKS = (
+    Break("forward", "missing wait", "    cp_async_wait<0>();\n    warp_sync();\n", "    warp_sync();\n"),
+    Break("forward", "missing first wait", "  cp_async_wait<0>();\n  block_sync();", "  block_sync();"),
+    Break(
+        "forward", "wait after the barrier", "  cp_async_wait<0>();\n  block_sync();", "  block_sync();\n  cp_async_wait<0>();"
+    ),
+    Break(
+        "forward",
+        "wait for one group too few",
+        "  cp_async_wait<0>();\n  block_sync();",
+        "  cp_async_wait<1>();\n  block_sync();",
+    ),
+    Break("forward", "missing commit", "  cp_async_commit();\n  if (warp", "  if (warp"),
+    Break("forward", "missing block barrier", "  cp_async_wait<0>();\n  block_sync();", "  cp_async_wait<0>();"),
+    Break(
+        "forward",
+        "missing warp sync before the refill",
+        "    warp_sync();  // all lanes have their fragments: the buffer is free\n",
+        "",
+    ),
+    Break(
+        "forward",
+        "missing warp sync after the wait",
+        "    cp_async_wait<0>();\n    warp_sync();\n",
+        "    cp_async_wait<0>();\n",
+    ),
+    Break("forward", "no swizzle", "    if (units % 8 == 0) unit ^= row & 7;\n", ""),
+    Break(
+        "forward",
+        "swizzle on the writing side only",
+        "Rows<D>::at(key + 16 * n + lane % 16, 2 * d + lane / 16)",
+        "16 * ((key + 16 * n + lane % 16) * Rows<D>::pitch + 2 * d + lane / 16)",
+    ),
+    Break("forward", "swizzle of 4 rows", "unit ^= row & 7;", "unit ^= row & 3;"),
+    Break("forward", "tail: last key lost", "for (; key < padded; key += 16)", "for (; key + 16 < padded; key += 16)"),
+    Break("forward", "tail: one key too many", ">= limit[i][h]", "> limit[i][h]"),
+    Break(
+        "forward",
+        "tail: padding not zeroed",
+        "i < padded * units; i += 32 * warps",
+        "i < keys * units / 32 * 32; i += 32 * warps",
+    ),
+    Break(
+        "forward",
+        "tail: one query too many",
+        "const bool valid = first + row < queries;",
+        "const bool valid = first + row <= queries;",
+    ),
+    Break("forward", "tail: keys past the end", "const bool valid = key < keys;", "const bool valid = true;"),
+    Break("forward", "lanes part ways", "if (first < p.patches) {  // some", "if (row < p.patches) {  // some"),
+    Break(
+        "forward", "mask: summary rows see summary keys in every frame", "return frame ? patches :", "return false ? patches :"
+    ),
+    Break(
+        "forward", "mask: an MST row sees one key more than its level's", "(row - patches) + 1) - 1;", "(row - patches) + 1);"
+    ),
+    Break("forward", "mask: every level sees every frame", "rows + 3 * summary_token + 2", "rows + 2"),
+    Break("backward", "missing barrier of a chunk", "      block_sync();  // chunk c", "      // chunk c"),
+    Break("backward", "missing barrier between the phases", "      if (buffers == 1 && c + 1 < chunks) block_sync();\n", ""),
+    Break("backward", "missing barrier before the last phase 2", "    block_sync();\n    load_out", "    load_out"),
+    Break("backward", "missing barrier between rounds", "      if (round) block_sync();", "     "),
+    Break("backward", "missing wait for a chunk", "      cp_async_wait<stages - 2>();\n", ""),
+    Break("backward", "wait for one group too few", "cp_async_wait<stages - 2>", "cp_async_wait<stages - 1>"),
+    Break("backward", "missing wait for the queries", "    cp_async_wait<0>();\n    warp_sync();\n", "    warp_sync();\n"),
+    Break(
+        "backward",
+        "missing warp sync after that wait",
+        "    cp_async_wait<0>();\n    warp_sync();\n",
+        "    cp_async_wait<0>();\n",
+    ),
+    Break("backward", "ring of one slot", "to_slot = to_slot + 1 < stages ? to_slot + 1 : 0", "to_slot = 0"),
+    Break(
+        "backward", "this item's keys for the next", "to_chunk = 0, to_item = item_of(++to_round)", "to_chunk = 0, ++to_round"
+    ),
+    Break("backward", "next queries over this item's", "base + places.q(round % sets)", "base + places.q((round + 1) % sets)"),
+    Break(
+        "backward",
+        "next queries before the barrier",
+        "      block_sync();  // chunk c is there; phase 1 is done with chunk c - 1, phase 2 with chunk c - buffers\n      if (sets == 2 && c == 0 && round + 1 < rounds) fetch_queries(round + 1);\n",
+        "      if (sets == 2 && c == 0 && round + 1 < rounds) fetch_queries(round + 1);\n      block_sync();\n",
+    ),
+    Break("backward", "output of another item", "    load_out(round + 1);", "    load_out(round);"),
+    Break(
+        "backward",
+        "phase 2 reads the strips of phase 1",
+        "const int buffer = c % buffers, local",
+        "const int buffer = (c + 1) % buffers, local",
+    ),
+    Break("backward", "strips not transposed", "ldmatrix_x4_trans(a[i]", "ldmatrix_x4(a[i]"),
+    Break(
+        "backward",
+        "strips swizzled on the reading side only",
+        "Rows<chunk>::at(row + g, local / 8)",
+        "(row + g) * Rows<chunk>::bytes + 2 * local",
+    ),
+    Break("backward", "no swizzle", "    if (units % 8 == 0) unit ^= row & 7;\n", ""),
+    Break("backward", "no swizzle of 64-byte rows", "    if (units == 4) unit ^= row >> 1 & 3;\n", ""),
+    Break("backward", "no delta", "(y[c] - delta[i][e % 2])", "y[c]"),
+    Break(
+        "backward",
+        "delta of half a row",
+        "for (int e = 0; e < 4; ++e) {\n#pragma unroll\n            for",
+        "for (int e = 0; e < 2; ++e) {\n#pragma unroll\n            for",
+    ),
+    Break("backward", "rows that see nothing weigh", ": -minus_infinity;", ": 0.f;"),
+    Break("backward", "lse in another base", "sees ? x : -minus_infinity", "sees ? x * log2_e : -minus_infinity"),
+    Break("backward", "no mask", "          if (masked && key", "          if (false && key"),
+    Break("backward", "mask: one key too many", ">= limit[i]", "> limit[i]"),
+    Break("backward", "dP from V by Q", "t[i][1], d_out[i][d]", "t[i][1], q[i][d]"),
+    Break("backward", "P and dS change places", "part == 1 ? places.d_s(buffer)", "part == 2 ? places.d_s(buffer)"),
+    Break("backward", "dK without the scale", "part == 1 ? p.scale : 1;", "1;"),
+    Break("backward", "a lone key tile lost", "} else if (count == 1) {", "} else if (false) {"),
+    Break("backward", "last rows lost", "(left + 15) / 16 * 16", "left / 16 * 16"),
+    Break("backward", "strips of 64-byte rows not swizzled", "Rows<chunk>::along(strip, e / 2)", "strip + 16 * (e / 2)"),
+    Break("backward", "carry not taken up", "              if (turn) {", "              if (false) {"),
+    Break("backward", "tail: keys past the end", "const bool valid = key < keys;", "const bool valid = key < padded;"),
+    Break(
+        "backward",
+        "tail: one query too many",
+        "const bool valid = first + row < queries;",
+        "const bool valid = first + row <= queries;",
+    ),
+    Break("backward", "CLS does not see itself", "  if (token == 0) {  // CLS sees", "  if (false) {  // CLS sees"),
+    Break("backward", "combine: CLS's key in every layout", "token == 0 && !p.patches_see_cls", "false"),
+    Break("backward", "combine: unseen frames", ": !p.frame_visible(t, token)) continue", ": false) continue"),
+    Break("backward", "lanes part ways", "if (first < p.patches) {  // some", "if (row < p.patches) {  // some"),
+)

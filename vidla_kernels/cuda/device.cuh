@@ -170,6 +170,11 @@ template <auto kernel, class P> int launch(const char*, int blocks, int threads,
   kernel<<<blocks, threads, shared, static_cast<cudaStream_t>(stream)>>>(p);
   return cudaGetLastError();
 }
+inline int device_status() {
+  int n = 0, device = 0;
+  const cudaError_t e = cudaGetDevice(&device);
+  return e != cudaSuccess ? e : cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device);
+}
 inline const char* error_name(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
 inline void watch_buffer(const char*, const void*, int64_t) {}  // the emulator's bounds and byte counts
 }  // namespace vidla
