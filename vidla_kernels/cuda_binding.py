@@ -41,22 +41,30 @@ class Call(ctypes.Structure):
     )
 
 
+def not_built() -> str | None:
+    """Why there is no library for GPUs that could be loaded, or None."""
+    if not LIBRARY.exists():
+        why = SKIPPED.read_text().strip() if SKIPPED.exists() else "the package was not installed with pip"
+        return f"the CUDA kernels were not built ({why}); with nvcc and cmake on PATH, `pip install` builds them"
+    try:
+        library("cuda")
+    except (OSError, RuntimeError) as error:
+        return str(error)
+    return None
+
+
 def missing(device: torch.device) -> str | None:
     """Why the CUDA kernels cannot run on this device at all, or None."""
     if device.type == "cpu":
         return cuda_emulate.missing()
     if device.type != "cuda" or torch.version.cuda is None:
         return f"the CUDA kernels run on NVIDIA GPUs, not on {device}"
-    if not LIBRARY.exists():
-        why = SKIPPED.read_text().strip() if SKIPPED.exists() else "the package was not installed with pip"
-        return f"the CUDA kernels were not built ({why}); with nvcc and cmake on PATH, `pip install` builds them"
+    if reason := not_built():
+        return reason
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"the CUDA kernels need compute capability 8.0 (A100) or later; {device} has {major}.{minor}"
-    try:
-        lib = library("cuda")
-    except (OSError, RuntimeError) as error:
-        return str(error)
+    lib = library("cuda")
     with _on(device):
         if status := lib.vidla_device_status():
             return f"the CUDA kernels cannot use {device}: {lib.vidla_error_text(status).decode()} (code {status})"
