@@ -145,9 +145,12 @@ def _refuses(device: torch.device, dtype: torch.dtype, head_dim: int, layout: To
     return f"{layout.patches} patches a frame: {reason}; with {layout.num_summary} summary tokens it takes up to {most}"
 
 
-@lru_cache(maxsize=64)
+@cache
 def _summary_rows(layout: TokenLayout, device: torch.device) -> torch.Tensor:
-    """layout.summary_rows where kernels can read it, (G, 3) int32. Cached: a copy to the GPU would wait for it each call."""
+    """layout.summary_rows where kernels can read it, (G, 3) int32. A copy to the GPU would wait for it in each call.
+
+    Kept for good: a captured CUDA graph has its address.
+    """
     return torch.tensor(layout.summary_rows, dtype=torch.int32, device=device)
 
 

@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -32,6 +33,8 @@ def missing() -> str | None:
     """Why this machine cannot emulate, or None."""
     if os.environ.get("VIDLA_EMULATE_CUDA") != "1":
         return "on a CPU the CUDA kernels run only under emulation, for tests: set VIDLA_EMULATE_CUDA=1"
+    if sys.platform != "linux":
+        return f"the emulation of CUDA switches stacks the way glibc does: it runs on Linux, not on {sys.platform}"
     if shutil.which("g++") is None:
         return "VIDLA_EMULATE_CUDA=1 compiles the CUDA sources with g++, which was not found; install it (apt install g++)"
     return None
