@@ -5,6 +5,8 @@ arrived; so each run here also tests that. What the emulation itself catches: te
 """
 
 import itertools
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -174,6 +176,39 @@ def test_errors_of_the_library_become_exceptions_with_shape_and_arch(device):
         RuntimeError, match=r"forward, on (the emulation|sm_\d+): there is no such variant.*\(1, 601, 3, 2, 64\)"
     ):
         cuda_binding.forward(qkv, B32, 0.125, variant=99)
+
+
+def test_what_is_missing_is_said(monkeypatch, tmp_path):
+    """Each reason, as `backend="cuda"` and `python -m vidla_kernels` give it."""
+    monkeypatch.setattr(cuda_binding, "LIBRARY", tmp_path / "libvidla_cuda.so")
+    monkeypatch.setattr(cuda_binding, "SKIPPED", tmp_path / "libvidla_cuda.txt")
+    cuda_binding.library.cache_clear()
+    assert "not installed with pip" in cuda_binding.not_built()
+    cuda_binding.SKIPPED.write_text("VIDLA_CUDA=0 was set\n")
+    assert "not built (VIDLA_CUDA=0 was set); with nvcc and cmake on PATH" in cuda_binding.not_built()
+    cuda_binding.LIBRARY.write_bytes(b"not a library")
+    assert "libvidla_cuda.so" in cuda_binding.not_built()
+    if shutil.which("g++"):
+        monkeypatch.setattr(cuda_binding, "LIBRARY", Path(cuda_emulate.library()._name))  # has no hash of its sources
+        assert "was built from other sources" in cuda_binding.not_built()
+    cuda_binding.library.cache_clear()
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "g++, which was not found" in cuda_emulate.missing()
+    monkeypatch.delenv("VIDLA_EMULATE_CUDA", raising=False)
+    assert "set VIDLA_EMULATE_CUDA=1" in cuda_emulate.missing()
+
+
+@emulated
+def test_sources_that_do_not_compile_say_so_and_a_cache_that_cannot_be_written_too(monkeypatch, tmp_path):
+    (tmp_path / "broken.cu").write_text("int f() { return }")
+    with pytest.raises(RuntimeError, match=r"could not compile.*\n.*broken\.cu"):
+        cuda_emulate.compile_library(tmp_path, tmp_path / "broken.so")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("VIDLA_CACHE", str(tmp_path / "file" / "folder"))
+    cuda_emulate.library.cache_clear()
+    with pytest.raises(OSError, match="let the environment variable VIDLA_CACHE name a folder"):
+        cuda_emulate.library()
 
 
 def test_auto_does_not_pick_cuda_without_a_measurement(device):

@@ -51,6 +51,10 @@ def built() -> Path:
     return kept / "libvidla_cuda.so"
 
 
+def test_cmake_and_python_agree_on_what_the_sources_are(built):
+    assert sources_of(built) == cuda_emulate.digest()
+
+
 @pytest.fixture(scope="module")
 def resources(built) -> dict[str, dict[str, dict[str, int]]]:
     """arch -> kernel (mangled) -> registers, stack, ..., from the machine code."""
