@@ -37,6 +37,8 @@ struct alignas(16) Word4 {
 namespace vidla {
 VIDLA_DEVICE int thread_index() { return threadIdx.x; }
 VIDLA_DEVICE int block_index() { return blockIdx.x; }
+// warp: thread_index() / 32, but the compiler knows that it is the same in all lanes, and so are the branches on it.
+VIDLA_DEVICE int warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
 VIDLA_DEVICE void block_sync() { __syncthreads(); }
 VIDLA_DEVICE void warp_sync() { __syncwarp(); }
 
@@ -51,8 +53,10 @@ VIDLA_DEVICE uint32_t shared_base() {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory));
 }
 
-// warp: 16 bytes from global to shared memory without a register; zeros where not valid. Lands by cp_async_wait.
-VIDLA_DEVICE void cp_async_16(uint32_t shared, const void* global, bool valid) {
+// warp: 16 bytes from global to shared memory without a register; zeros where not valid, nothing where not active. Lands by
+// cp_async_wait.
+VIDLA_DEVICE void cp_async_16(uint32_t shared, const void* global, bool valid, bool active = true) {
+  if (!active) return;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0)
                : "memory");
 }
@@ -100,6 +104,20 @@ template <> VIDLA_DEVICE void mma_m16n8k16<fp16>(float (&c)[4], const uint32_t (
 VIDLA_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 VIDLA_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
+VIDLA_DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }  // that lane's x
+VIDLA_DEVICE bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
+
+// To about 1, 2 and 1 units in the last place.
+VIDLA_DEVICE float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+VIDLA_DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 VIDLA_DEVICE float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -124,10 +124,10 @@ inline void error(const char* kind, const std::string& detail) {
 }
 
 // ---- a block in flight ---------------------------------------------------------------------------------------------
-enum class Op { mma, ldmatrix, ldmatrix_trans, cp_async, store_shared, shuffle, load, store, warp_sync, block_sync };
+enum class Op { mma, ldmatrix, ldmatrix_trans, cp_async, store_shared, shuffle, vote, load, store, warp_sync, block_sync };
 inline const char* name(Op op) {
   static const char* names[] = {"mma",     "ldmatrix",    "ldmatrix.trans", "cp.async",  "store_shared",
-                                "shuffle", "load_global", "store_global",   "warp_sync", "block_sync"};
+                                "shuffle", "vote",        "load_global", "store_global",   "warp_sync", "block_sync"};
   return names[int(op)];
 }
 
@@ -310,6 +310,7 @@ inline void note_write(const Lane& me, uint32_t at, int bytes, bool in_flight, c
     s.in_flight = in_flight;
   }
 }
+constexpr uint32_t none = ~0u;  // address of an inactive lane
 // Extra passes a group of lanes costs: 32 banks of 4 bytes, one distinct 16-byte row a bank group and pass.
 inline int conflicts(const uint32_t* address, int n) {
   int worst = 1;
@@ -444,6 +445,7 @@ inline void run(const char* kernel_name, int blocks, int threads, int shared, co
 // ---- the primitives ------------------------------------------------------------------------------------------------
 VIDLA_DEVICE int thread_index() { return emulate::worker->lane->thread; }
 VIDLA_DEVICE int block_index() { return emulate::worker->block; }
+VIDLA_DEVICE int warp_index() { return thread_index() / 32; }
 VIDLA_DEVICE uint32_t shared_base() { return 0; }
 VIDLA_DEVICE int not_ahead(int x) { return x; }
 
@@ -471,11 +473,11 @@ inline void block_sync() {
   });
 }
 
-inline void cp_async_16(uint32_t shared, const void* global, bool valid) {
+inline void cp_async_16(uint32_t shared, const void* global, bool valid, bool active = true) {
   using namespace emulate;
   Lane& me = *worker->lane;
-  me.address = shared, me.pointer = global, me.active = valid;
-  if (shared_in_range(shared, 16, "cp.async")) {
+  me.address = active ? shared : none, me.pointer = global, me.active = valid && active;
+  if (active && shared_in_range(shared, 16, "cp.async")) {
     note_write(me, shared, 16, true, "cp.async");
     memset(&worker->shared[shared], 0xff, 16);
     me.in_flight.push_back({shared, global, valid && global_in_range(global, 16, "cp.async"), me.groups});
@@ -486,11 +488,13 @@ inline void cp_async_16(uint32_t shared, const void* global, bool valid) {
     n.sectors_read += sectors(w);
     for (int q = 0; q < 32; q += 8) {  // 8 lanes of 16 bytes a pass
       uint32_t rows[8];
-      for (int i = 0; i < 8; ++i) rows[i] = w.lanes[q + i].address;
-      n.cp_async_conflicts += conflicts(rows, 8);
+      int some = 0;
+      for (int i = 0; i < 8; ++i)
+        if (w.lanes[q + i].address != none) rows[some++] = w.lanes[q + i].address;
+      n.cp_async_conflicts += conflicts(rows, some);
     }
     n.global_read += note_global(w, 16, false);
-    n.shared_written += 512;
+    for (const Lane& l : w.lanes) n.shared_written += l.address == none ? 0 : 16;
   });
 }
 inline void cp_async_commit() { ++emulate::worker->lane->groups; }
@@ -597,6 +601,30 @@ inline uint32_t shuffle_xor(uint32_t x, int mask) {
 }
 inline float shuffle_xor(float x, int mask) { return emulate::from_bits(shuffle_xor(emulate::to_bits(x), mask)); }
 
+inline float shuffle(float x, int lane) {
+  using namespace emulate;
+  Lane& me = *worker->lane;
+  me.a[0] = to_bits(x), me.address = uint32_t(lane);
+  rendezvous(Op::shuffle, [](Warp& w) {
+    ++worker->count.shuffles;
+    for (int l = 0; l < 32; ++l) w.lanes[l].a[1] = w.lanes[w.lanes[l].address % 32].a[0];
+  });
+  return from_bits(me.a[1]);
+}
+inline bool warp_any(bool x) {
+  using namespace emulate;
+  Lane& me = *worker->lane;
+  me.a[0] = x;
+  rendezvous(Op::vote, [](Warp& w) {
+    uint32_t any = 0;
+    for (const Lane& l : w.lanes) any |= l.a[0];
+    for (Lane& l : w.lanes) l.a[1] = any;
+  });
+  return me.a[1];
+}
+
+inline float log2_fast(float x) { return std::log2(x); }
+inline float reciprocal(float x) { return 1 / x; }
 inline float exp2_fast(float x) { return ++emulate::worker->count.exp2, std::exp2(x); }
 template <class T> uint32_t pack(float low, float high);
 template <> inline uint32_t pack<bf16>(float low, float high) {
