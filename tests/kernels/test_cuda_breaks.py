@@ -22,12 +22,13 @@ from .check import check
 from .cuda_breaks import BREAKS, Break
 
 CHOSEN = [b for b in BREAKS if b.quick or os.environ.get("VIDLA_ALL_BREAKS") == "1"]
-# Ragged tiles and frames that levels skip; many frames; no MST; more rows than some blocks have room for; wider heads.
+# Ragged tiles and frames that levels skip, two clips; many frames; no MST; more rows than some blocks have room for, and
+# large scores; heads of other widths.
 CASES = (
-    Case(TokenLayout(3, 17, 2, 3, 2), heads=2, dtype=torch.bfloat16),
+    Case(TokenLayout(3, 17, 2, 3, 2), batch=2, heads=2, dtype=torch.bfloat16),
     Case(TokenLayout(9, 5, 3, 1, 3), heads=1, dtype=torch.float16),
     Case(TokenLayout(2, 50, 0, patches_see_cls=True), heads=2, dtype=torch.bfloat16),
-    Case(TokenLayout(2, 130, 5, 7, 2, patches_see_cls=True), heads=1, dtype=torch.float16),
+    Case(TokenLayout(2, 130, 5, 7, 2, patches_see_cls=True), heads=1, dtype=torch.float16, magnitude=4.0),
     Case(TokenLayout(4, 49, 3, 4, 2), heads=1, head_dim=32, dtype=torch.bfloat16),
     Case(TokenLayout(5, 70, 2, 2, 3, patches_see_cls=True), heads=1, head_dim=128, dtype=torch.bfloat16),
 )
@@ -91,9 +92,10 @@ def sources(broken: Break) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def libraries(tmp_path_factory) -> dict[Break, Path]:
     """The chosen breaks, compiled by two processes at a time. Unoptimised: compiling takes longer than running."""
+    scratch = tmp_path_factory.mktemp("breaks")
 
     def build(number: int) -> Path:
-        broken, folder = CHOSEN[number], tmp_path_factory.getbasetemp() / f"break{number}"
+        broken, folder = CHOSEN[number], scratch / str(number)
         folder.mkdir()
         for name, text in sources(broken).items():
             (folder / name).write_text(text.replace(broken.old, broken.new))
