@@ -100,7 +100,11 @@ def test_offsets_beyond_32_bits(backend, op, seed):
     qkv, _ = case.draw(op, torch.device("cuda"))
     assert qkv.numel() > 2**31
     skip_if_refused(op, backend, case, qkv.device)
-    assert torch.equal(OPS[op](qkv, case.layout, backend=backend)[-1:], OPS[op](qkv[-1:], case.layout, backend=backend))
+    last, alone = OPS[op](qkv, case.layout, backend=backend)[-1:], OPS[op](qkv[-1:], case.layout, backend=backend)
+    # How the CUDA kernels group the frames of a summary row depends on the batch.
+    summary = case.layout.num_summary if backend == "cuda" else 0
+    assert torch.equal(last[:, summary:], alone[:, summary:])
+    torch.testing.assert_close(last[:, :summary], alone[:, :summary])
 
 
 @pytest.mark.parametrize("backend", ["reference", "portable"])
