@@ -66,6 +66,27 @@ template <int newest> VIDLA_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(newest) : "memory");
 }
 
+// A barrier in shared memory (8 bytes) that counts arrivals and does not make who arrives wait. Its phases are numbered
+// from 0: a phase is over when `count` have arrived. One thread initialises it, before a block_sync.
+VIDLA_DEVICE void mbarrier_init(uint32_t at, int count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory");
+}
+// warp: one arrival for the warp, after all of its accesses before.
+VIDLA_DEVICE void mbarrier_arrive(uint32_t at) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0]; }" ::"r"(at) : "memory");
+}
+// warp: 32 arrivals, each when all earlier cp_async of its thread have landed.
+VIDLA_DEVICE void mbarrier_arrive_with_copies(uint32_t at) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(at) : "memory");
+}
+// warp: until the phase is over; `phase` may be given by its lowest bit.
+VIDLA_DEVICE void mbarrier_wait(uint32_t at, int phase) {
+  asm volatile(
+      "{ .reg .pred p; again%=: mbarrier.test_wait.parity.shared.b64 p, [%0], %1; @!p bra again%=; }" ::"r"(at), "r"(phase & 1)
+      : "memory");
+}
+
 // warp: four 8x8 matrices of 16-bit elements; lane 8i+j gives the address of row j of matrix i.
 VIDLA_DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

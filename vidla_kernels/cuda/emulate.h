@@ -124,10 +124,10 @@ inline void error(const char* kind, const std::string& detail) {
 }
 
 // ---- a block in flight ---------------------------------------------------------------------------------------------
-enum class Op { mma, ldmatrix, ldmatrix_trans, cp_async, store_shared, shuffle, vote, load, store, warp_sync, block_sync };
+enum class Op { mma, ldmatrix, ldmatrix_trans, cp_async, store_shared, shuffle, vote, arrive, wait, load, store, warp_sync, block_sync };
 inline const char* name(Op op) {
   static const char* names[] = {"mma",     "ldmatrix",    "ldmatrix.trans", "cp.async",  "store_shared",
-                                "shuffle", "vote",        "load_global", "store_global",   "warp_sync", "block_sync"};
+                                "shuffle", "vote", "mbarrier_arrive", "mbarrier_wait", "load_global", "store_global",   "warp_sync", "block_sync"};
   return names[int(op)];
 }
 
@@ -154,8 +154,15 @@ struct Lane {
   bool active;
 };
 
+struct Mbarrier {  // one that some thread has initialised
+  int count = 0, missing = 0, phase = 0;
+  std::vector<std::pair<Lane*, Async>> copies;  // that its phase waits for
+};
+
 struct Warp {
   Lane lanes[32];
+  const Mbarrier* waits_for = nullptr;  // in mbarrier_wait, for the end of phase `waits_phase`
+  int waits_phase = 0;
   int index = 0, arrived = 0, finished = 0, resume = 0;
   Op op = Op::mma;
   bool at_barrier = false;
@@ -174,6 +181,7 @@ struct Worker {
   std::vector<int> order;  // in which warps get their turn
   std::vector<uint8_t> shared;
   std::vector<Word> shadow;
+  std::map<uint32_t, Mbarrier> mbarriers;  // by offset
   std::vector<void*> stacks;  // one for each thread of a block; kept for the next launch
   std::function<void()> kernel;
   ucontext_t starter;
@@ -220,9 +228,13 @@ inline std::string place(const Lane& l) {
          std::to_string(l.thread % 32);
 }
 
+inline bool phase_over(const Mbarrier& b, int phase) { return (b.phase ^ phase) & 1; }
 inline Warp* runnable_warp() {
-  for (int i : worker->order)
-    if (!worker->warps[i]->at_barrier && worker->warps[i]->finished == 0) return worker->warps[i].get();
+  for (int i : worker->order) {
+    Warp& w = *worker->warps[i];
+    if (w.waits_for && !phase_over(*w.waits_for, w.waits_phase)) continue;
+    if (!w.at_barrier && w.finished == 0) return &w;
+  }
   return nullptr;
 }
 
@@ -397,11 +409,13 @@ inline void run_block(Worker& k, int block, int shared) {
   k.block = block;
   k.warps_waiting = 0;
   k.epoch = 1;
+  k.mbarriers.clear();
   k.shared.assign(shared, 0xff);
   k.shadow.assign(shared / 4, Word{0, 0, 0, 0, Word::nobody, Word::nobody, Word::nobody, false});
   for (auto& w : k.warps) {
     w->arrived = w->finished = w->resume = 0;
     w->at_barrier = false;
+    w->waits_for = nullptr;
     w->syncs = 1;
     for (Lane& l : w->lanes) l.finished = false, l.groups = 0, l.in_flight.clear();
   }
@@ -498,21 +512,74 @@ inline void cp_async_16(uint32_t shared, const void* global, bool valid, bool ac
   });
 }
 inline void cp_async_commit() { ++emulate::worker->lane->groups; }
+namespace emulate {
+inline void land(const Async& a, const Warp& w) {
+  if (a.valid) memcpy(&worker->shared[a.to], a.from, 16);
+  else memset(&worker->shared[a.to], 0, 16);
+  for (uint32_t i = a.to / 4; i < a.to / 4 + 4; ++i) {
+    Word& s = worker->shadow[i];
+    s.in_flight = false, s.write_epoch = worker->epoch, s.write_syncs = w.syncs;
+  }
+}
+}  // namespace emulate
 template <int newest> inline void cp_async_wait() {
   using namespace emulate;
   Lane& me = *worker->lane;
   auto waits = [&](const Async& a) { return a.group >= me.groups - newest; };
-  for (const Async& a : me.in_flight) {
-    if (waits(a)) continue;
-    if (a.valid) memcpy(&worker->shared[a.to], a.from, 16);
-    else memset(&worker->shared[a.to], 0, 16);
-    for (uint32_t i = a.to / 4; i < a.to / 4 + 4; ++i) {
-      Word& s = worker->shadow[i];
-      s.in_flight = false, s.write_epoch = worker->epoch, s.write_syncs = me.warp->syncs;
-    }
-  }
+  for (const Async& a : me.in_flight)
+    if (!waits(a)) land(a, *me.warp);
   me.in_flight.erase(std::remove_if(me.in_flight.begin(), me.in_flight.end(), [&](auto& a) { return !waits(a); }),
                      me.in_flight.end());
+}
+
+// The end of a phase orders all that was done before for all that comes after, as a block_sync does: of threads that have
+// not arrived, or do not wait, that is more than the GPU promises.
+namespace emulate {
+inline Mbarrier* mbarrier(uint32_t at) {
+  auto found = worker->mbarriers.find(at);
+  if (found == worker->mbarriers.end()) abandon_block("mbarrier nobody initialised", place(*worker->lane));
+  return &found->second;
+}
+inline void arrive(Mbarrier& b, int arrivals) {
+  b.missing -= arrivals;
+  if (b.missing < 0) abandon_block("mbarrier", place(*worker->lane) + " arrives at a phase that is over");
+  if (b.missing) return;
+  for (auto& [lane, copy] : b.copies) land(copy, *lane->warp);
+  b.copies.clear();
+  b.missing = b.count, ++b.phase, ++worker->epoch;
+}
+}  // namespace emulate
+inline void mbarrier_init(uint32_t at, int count) {
+  auto& b = emulate::worker->mbarriers[at];
+  b.count = b.missing = count;
+}
+inline void mbarrier_arrive(uint32_t at) {
+  using namespace emulate;
+  rendezvous(Op::arrive, [at](Warp&) { arrive(*mbarrier(at), 1); });
+}
+inline void mbarrier_arrive_with_copies(uint32_t at) {
+  using namespace emulate;
+  rendezvous(Op::arrive, [at](Warp& w) {
+    Mbarrier& b = *mbarrier(at);
+    for (Lane& l : w.lanes) {
+      for (const Async& a : l.in_flight) b.copies.push_back({&l, a});
+      l.in_flight.clear();
+    }
+    arrive(b, 32);
+  });
+}
+inline void mbarrier_wait(uint32_t at, int phase) {
+  using namespace emulate;
+  rendezvous(Op::wait, [at, phase](Warp& w) {
+    const Mbarrier& b = *mbarrier(at);
+    ++w.syncs;
+    if (phase_over(b, phase)) return;
+    w.waits_for = &b, w.waits_phase = phase, w.resume = worker->lane->thread % 32;
+    Warp* other = runnable_warp();
+    if (!other) abandon_block("mbarrier", place(*worker->lane) + " waits for a phase that cannot end");
+    switch_to(other->lanes[other->resume]);
+    w.waits_for = nullptr;
+  });
 }
 
 namespace emulate {

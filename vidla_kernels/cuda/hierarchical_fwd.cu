@@ -31,6 +31,8 @@ struct Problem : Layout {
   int warps, teams;   // in a block; of H blocks each
   int run, longer;    // see run_start
   int piece, pieces;  // keys in a stage, stages that hold a frame
+  int shared;         // bytes of a block
+  int wrap;           // rows from a frame's first strip to the next frame's
   int carry;          // 1: summary rows stay in registers from frame to frame
 
   // The B*T frames are shared out in order: `longer` teams get run + 1 of them, the others run.
@@ -38,6 +40,15 @@ struct Problem : Layout {
   VIDLA_HOST_DEVICE bool starts_part(int frame) const {  // of the B*T, other than a clip's first: new partial results
     const int split = longer * (run + 1);
     return !carry || (frame < split ? frame % (run + 1) : (frame - split) % run) == 0;
+  }
+};
+
+// A frame of a clip, and how many the block has left from there on.
+struct Place {
+  int batch, frame, left;
+  VIDLA_DEVICE void advance(const Layout& p) {
+    --left;
+    if (++frame == p.frames) frame = 0, ++batch;
   }
 };
 
@@ -156,82 +167,88 @@ template <class T, int D, int tiles> struct Strip {
   }
 };
 
-template <class T, int D, int tiles, int chunk, int stages, int most_warps, int blocks_per_sm>
+template <class T, int D, int tiles, int chunk, int most_warps, int blocks_per_sm>
 VIDLA_KERNEL(32 * most_warps, blocks_per_sm) hierarchical_fwd_frames(Problem p) {
   constexpr int rows = 16 * tiles, units = D / 8, lanes = units > 8 ? 16 : units;  // copies: so many lanes a row
   const unsigned lane = thread_index() & 31, g = lane / 4, j = lane % 4, unit = lane % lanes;
   const int warp = warp_index(), head = block_index() % p.heads, team = block_index() / p.heads;
-  const int begin = p.run_start(team), frames = p.run_start(team + 1) - begin;
   const int queries = p.queries(), keys = p.keys(), padded = p.padded_keys(), stride = p.warps * rows;
   const char* qkv = static_cast<const char*>(p.qkv) + 2 * (head * p.qkv_head + 8 * unit);
 
-  const uint32_t tables = shared_base(), stage_bytes = 2 * p.piece * Rows<D>::bytes;  // stages of K and V,
-  const uint32_t q_at = tables + stages * stage_bytes + warp * rows * Rows<D>::bytes;  // then each warp's query rows
+  const uint32_t tables = shared_base(), stage_bytes = 2 * p.piece * Rows<D>::bytes;  // two stages of K and V,
+  const uint32_t q_at = tables + 2 * stage_bytes + warp * rows * Rows<D>::bytes;      // each warp's query rows,
+  const uint32_t full = tables + 2 * stage_bytes + stride * Rows<D>::bytes, empty = full + 16;  // mbarriers of the stages
 
-  auto fetch_keys = [&](int batch, int frame, int piece, int slot) {
-    const char* k_from = qkv + 2 * (batch * p.qkv_batch + p.qkv_third);
-    const char* v_from = k_from + 2 * p.qkv_third;
+  Place at{p.run_start(team) / p.frames, p.run_start(team) % p.frames, p.run_start(team + 1) - p.run_start(team)};
+  int first = warp * rows;  // the warp's next strip begins at this row of the frame at hand or, from wrap on, a later one
+  int piece = 0, segment = at.frame;  // segment: the first frame that the summary rows in registers have seen
+
+  auto fetch_keys = [&](const Place& to, int piece, int slot) {
+    const char* k_from = qkv + 2 * (to.batch * p.qkv_batch + p.qkv_third);
     const uint32_t k_to = tables + slot * stage_bytes, v_to = k_to + p.piece * Rows<D>::bytes;
-    const int first = piece * p.piece, count = least(p.piece, padded - first), patch_0 = p.summary() + frame * p.patches;
+    const int key_0 = piece * p.piece, count = least(p.piece, padded - key_0), patch_0 = p.summary() + to.frame * p.patches;
 #pragma unroll 1
     for (unsigned row = warp * (32 / lanes) + lane / lanes; row < count; row += p.warps * (32 / lanes)) {  // whole warps
-      const int key = first + row;  // padding is zero, because 0 * NaN would spoil PV
+      const int key = key_0 + row;  // padding is zero, because 0 * NaN would spoil PV
       int token = key + (key < p.patches ? patch_0 : 1 - p.patches);
       if (key >= p.patches + p.mst()) token = 0;
-      const int64_t from = int64_t(token) * p.token_bytes;
-      cp_async_16(k_to + Rows<D>::at(row, unit), k_from + from, key < keys, unit < units);
-      cp_async_16(v_to + Rows<D>::at(row, unit), v_from + from, key < keys, unit < units);
+      const char* from = k_from + int64_t(token) * p.token_bytes;
+      cp_async_16(k_to + Rows<D>::at(row, unit), from, key < keys, unit < units);
+      cp_async_16(v_to + Rows<D>::at(row, unit), from + 2 * p.qkv_third, key < keys, unit < units);
     }
-    cp_async_commit();
+    mbarrier_arrive_with_copies(full + 8 * slot);
   };
-  auto fetch_queries = [&](int batch, int frame, int first) {
-    const char* q_from = qkv + 2 * (batch * p.qkv_batch);
-    const int patch_0 = p.summary() + frame * p.patches;
+  auto fetch_queries = [&](int row_0) {
+    Place to = at;
+    for (; row_0 >= p.wrap; row_0 -= p.wrap) to.advance(p);
+    if (to.left <= 0) return;
+    const char* q_from = qkv + 2 * (to.batch * p.qkv_batch);
+    const int patch_0 = p.summary() + to.frame * p.patches;
 #pragma unroll 1  // unrolled, its addresses are computed ahead, kept across the main loop, and spilled
     for (unsigned i = lane / lanes; i < rows; i += 32 / lanes) {
-      const int row = first + i, token = row < queries ? row + (row < p.patches ? patch_0 : -p.patches) : 0;
+      const int row = row_0 + i, token = row < queries ? row + (row < p.patches ? patch_0 : -p.patches) : 0;
       cp_async_16(q_at + Rows<D>::at(i, unit), q_from + int64_t(token) * p.token_bytes, row < queries, unit < units);
     }
     cp_async_commit();
   };
 
-  int batch = begin / p.frames, frame = begin % p.frames, round = 0, piece = 0, slot = 0;
-  int segment = frame;  // the first frame that the summary rows in registers have seen
-  if (stages == 2) fetch_keys(batch, frame, 0, 0);
-  fetch_queries(batch, frame, warp * rows);
+  if (thread_index() < 2) {
+    mbarrier_init(full + 8 * thread_index(), 32 * p.warps);
+    mbarrier_init(empty + 8 * thread_index(), p.warps);
+  }
+  block_sync();
+  fetch_keys(at, 0, 0);
+  fetch_queries(first);
   Strip<T, D, tiles> strip;
 #pragma unroll 1
-  for (int left = frames; left > 0;) {
-    if (stages == 1) {
-      block_sync();  // all are done with the tables
-      fetch_keys(batch, frame, piece, 0);
-    }
-    cp_async_wait<0>();
-    block_sync();  // keys and queries are there; all are done with the other stage
-    int next_round = round, next_piece = piece + 1;
-    if (next_piece == p.pieces) next_piece = 0, next_round += p.pieces > 1 && (round + 1) * stride < queries ? 1 : -round;
-    const bool turns_over = next_piece == 0 && next_round == 0, wraps = frame + 1 == p.frames;
-    const bool ends = !p.carry || left == 1 || wraps;  // the summary rows in registers have seen their last frame
-    const int next_frame = wraps ? 0 : frame + 1, next_batch = batch + wraps;
-    if (stages == 2 && !(turns_over && left == 1))
-      fetch_keys(turns_over ? next_batch : batch, turns_over ? next_frame : frame, next_piece, slot ^ 1);
+  for (int n = 0; at.left > 0; ++n) {  // a step: one piece of a frame's keys, for all strips or for one of each warp
+    const int slot = n & 1;
+    const bool last_piece = piece + 1 == p.pieces;
+    bool fetched = false;
+    auto fetch_next = [&] {  // in the middle of a step: then the others have left the step before, and nobody waits
+      fetched = true;
+      Place next = at;
+      if (last_piece && (p.pieces == 1 || first + stride >= p.wrap)) next.advance(p);
+      if (next.left == 0) return;
+      if (n) mbarrier_wait(empty + 8 * (slot ^ 1), (n - 1) >> 1);
+      fetch_keys(next, last_piece ? 0 : piece + 1, slot ^ 1);
+    };
+    mbarrier_wait(full + 8 * slot, n >> 1);
 
-    const int first_key = piece * p.piece, key_end = least(first_key + p.piece, padded);
+    const int key_0 = piece * p.piece, key_end = least(key_0 + p.piece, padded);
 #pragma unroll 1
-    for (int first = round * stride + warp * rows; first < queries; first += stride) {
+    while (first < p.wrap) {
       const bool some_patches = first < p.patches, some_summary = first + rows > p.patches;
       if (piece == 0) {
-        if (p.pieces == 1 && first >= stride) {
-          cp_async_wait<0>();
-          warp_sync();
-        }
+        cp_async_wait<0>();
+        warp_sync();
 #pragma unroll
         for (int i = 0; i < tiles; ++i) {
 #pragma unroll
           for (int d = 0; d < D / 16; ++d)
             ldmatrix_x4(strip.q[i][d], q_at + Rows<D>::at(16 * i + lane % 16, 2 * d + lane / 16));
         }
-        const bool continues = some_summary && p.carry && segment != frame;  // its summary rows do
+        const bool continues = some_summary && p.carry && segment != at.frame;  // its summary rows do
 #pragma unroll
         for (int i = 0; i < tiles; ++i) {
 #pragma unroll
@@ -240,32 +257,34 @@ VIDLA_KERNEL(32 * most_warps, blocks_per_sm) hierarchical_fwd_frames(Problem p) 
             if (some_summary) {
               const int row = first + 16 * i + 8 * h + g;
               if (row >= p.patches && row < queries)
-                strip.limit[i][h] = p.frame_visible(frame, row - p.patches) ? p.limit(frame, row) : 0;
+                strip.limit[i][h] = p.frame_visible(at.frame, row - p.patches) ? p.limit(at.frame, row) : 0;
               else if (continues)
                 strip.start(i, h, keys);
             }
           }
         }
         warp_sync();  // all lanes have their fragments: the buffer is free
-        if (first + stride < queries) fetch_queries(batch, frame, first + stride);
-        else if (left > 1) fetch_queries(next_batch, next_frame, warp * rows);
+        fetch_queries(first + stride);
       }
 
       const int common = some_summary ? p.patches : keys;  // every row of the strip sees these first keys
-      const uint32_t table = tables + slot * stage_bytes;
-      uint32_t k = table + Rows<D>::at(lane % 8 + lane / 16 * 8, lane / 8 % 2);
-      uint32_t v = table + p.piece * Rows<D>::bytes + Rows<D>::at(lane % 16, lane / 16);
-      int key = first_key;
+      uint32_t k = tables + slot * stage_bytes + Rows<D>::at(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+      uint32_t v = tables + slot * stage_bytes + p.piece * Rows<D>::bytes + Rows<D>::at(lane % 16, lane / 16);
+      int key = key_0;
       auto by = [&](int count) { key += count, k += count * Rows<D>::bytes, v += count * Rows<D>::bytes; };
 #pragma unroll 1
-      for (; key + chunk <= least(common, key_end); by(chunk)) strip.template step<chunk, false>(key, k, v, p);
+      for (; key + chunk <= least(common, key_end); by(chunk)) {
+        if (key > key_0 && !fetched) fetch_next();
+        strip.template step<chunk, false>(key, k, v, p);
+      }
       if (key + chunk <= key_end && key + chunk - 16 <= common) strip.template step<chunk, true>(key, k, v, p), by(chunk);
 #pragma unroll 1
       for (; key < key_end; by(16)) strip.template step<16, true>(key, k, v, p);
-      if (piece + 1 < p.pieces) break;
+      if (!last_piece) break;
 
-      const int token_0 = batch * p.sequence();
-      const int64_t partial = ((int64_t(batch) * p.heads + head) * p.frames + segment) * p.summary();
+      const bool ends = !p.carry || at.left == 1 || at.frame + 1 == p.frames;  // of the segment
+      const int token_0 = at.batch * p.sequence();
+      const int64_t partial = ((int64_t(at.batch) * p.heads + head) * p.frames + segment) * p.summary();
 #pragma unroll
       for (int i = 0; i < tiles; ++i) {
 #pragma unroll
@@ -275,7 +294,7 @@ VIDLA_KERNEL(32 * most_warps, blocks_per_sm) hierarchical_fwd_frames(Problem p) 
           sum += shuffle_xor(sum, 1);
           sum += shuffle_xor(sum, 2);
           if (some_patches) {
-            const int token = p.summary() + frame * p.patches + row;
+            const int token = p.summary() + at.frame * p.patches + row;
             T* out = static_cast<T*>(p.out) + head * D + (j / 2 * 4 + j % 2 * 8) + int64_t(token_0 + token) * (p.heads * D);
             const float over = reciprocal(sum);
 #pragma unroll
@@ -285,7 +304,7 @@ VIDLA_KERNEL(32 * most_warps, blocks_per_sm) hierarchical_fwd_frames(Problem p) 
               const uint32_t other = shuffle_xor(j % 2 ? left : right, 1);
               store_global(out + 16 * d, Word2{{j % 2 ? other : left, j % 2 ? right : other}}, row < p.patches);
             }
-            float* lse = p.lse + (int64_t(batch * p.heads + head) * p.sequence() + token);
+            float* lse = p.lse + (int64_t(at.batch * p.heads + head) * p.sequence() + token);
             store_global(lse, as_word(strip.maximum[i][h] * p.scale_log2 + log2_fast(sum)), row < p.patches && j == 0);
           }
           if (some_summary && ends) {
@@ -302,13 +321,18 @@ VIDLA_KERNEL(32 * most_warps, blocks_per_sm) hierarchical_fwd_frames(Problem p) 
         }
       }
       if (p.pieces > 1) break;
+      first += stride;
     }
+    if (!fetched) fetch_next();
+    mbarrier_arrive(empty + 8 * slot);
 
-    if (turns_over) {
-      batch = next_batch, frame = next_frame, --left;
-      if (!p.carry || frame == 0) segment = frame;
+    if (last_piece && p.pieces > 1) first += stride;
+    piece = last_piece ? 0 : piece + 1;
+    if (piece == 0 && (p.pieces == 1 || first >= p.wrap)) {
+      first -= p.wrap;
+      at.advance(p);
+      if (!p.carry || at.frame == 0) segment = at.frame;
     }
-    round = next_round, piece = next_piece, slot ^= stages - 1;
   }
 }
 
@@ -373,41 +397,42 @@ inline int64_t forward_workspace(const Call& c) {  // bytes of Problem's sums an
 }
 
 // With dry: only says whether this configuration can take the call.
-template <class T, int D, int tiles, int chunk, int stages, int most_warps, int blocks_per_sm>
+template <class T, int D, int tiles, int chunk, int most_warps, int blocks_per_sm>
 int run(Problem p, void* stream, bool dry) {
-  const int strips = (p.queries() + 16 * tiles - 1) / (16 * tiles), turns = (strips + most_warps - 1) / most_warps;
-  p.warps = (strips + turns - 1) / turns;  // as few as make the same number of turns
-  p.carry = turns == 1;
-  const int room = shared_memory_limit() / Rows<D>::bytes - 16 * tiles * p.warps;  // rows of the tables
+  const int rows = 16 * tiles, strips = (p.queries() + rows - 1) / rows, turns = (strips + most_warps - 1) / most_warps;
   for (p.pieces = 1;; ++p.pieces) {
+    // As few warps as make the same number of turns; but where a step has all of a frame, they go on to the next one.
+    p.warps = p.pieces > 1 || turns == 1 ? (strips + turns - 1) / turns : most_warps;
+    p.wrap = (p.pieces > 1 ? p.warps * turns : strips) * rows;
     p.piece = ((p.padded_keys() + p.pieces - 1) / p.pieces + 15) / 16 * 16;
-    if (2 * stages * p.piece <= room) break;
+    p.shared = (4 * p.piece + rows * p.warps) * Rows<D>::bytes + 32;
+    if (p.shared <= shared_memory_limit() / blocks_per_sm - 1024 * (blocks_per_sm > 1)) break;
     if (p.piece == 16) return no_room;
   }
+  p.carry = p.warps == strips;
   if (dry) return 0;
-  const int shared = (2 * stages * p.piece + 16 * tiles * p.warps) * Rows<D>::bytes, frames = p.batch * p.frames;
-  const int slots = multiprocessors() * blocks_per_sm;
+  const int frames = p.batch * p.frames, slots = multiprocessors() * blocks_per_sm;
   p.teams = least(frames, slots > p.heads ? slots / p.heads : 1);
   p.run = frames / p.teams, p.longer = frames % p.teams;
-  const int status = launch<hierarchical_fwd_frames<T, D, tiles, chunk, stages, most_warps, blocks_per_sm>>(
-      "fwd_frames", p.teams * p.heads, 32 * p.warps, shared, stream, p);
+  const int status = launch<hierarchical_fwd_frames<T, D, tiles, chunk, most_warps, blocks_per_sm>>(
+      "fwd_frames", p.teams * p.heads, 32 * p.warps, p.shared, stream, p);
   if (status) return status;
   const int summary_rows = p.batch * p.heads * p.summary();
   return launch<hierarchical_fwd_combine<T, D>>("fwd_combine", (summary_rows + 3) / 4, 128, 0, stream, p);
 }
 
 // The configurations, in one list: what the template parameters are, where they serve, and why.
-// V(variant, D, tiles, chunk, stages, most_warps, blocks_per_sm)
-#define VIDLA_FORWARD_VARIANTS(V)                                                                                      \
-  V(0, 64, 1, 64, 2, 16, 1) /* a frame's strips all at once, the next frame's tables on their way */                   \
-  V(1, 64, 1, 64, 2, 4, 4)  /* up to 64 queries: four small blocks wait for each other less than one big one */        \
-  V(2, 64, 1, 64, 1, 4, 3)  /* many blocks instead of two stages */                                                    \
-  V(3, 64, 2, 32, 2, 8, 1)  /* half the bytes from shared memory, half the warps */                                    \
-  V(0, 32, 1, 64, 2, 16, 1)                                                                                            \
-  V(1, 32, 1, 64, 2, 4, 4)                                                                                             \
-  V(0, 80, 1, 64, 2, 8, 1)                                                                                             \
-  V(0, 96, 1, 64, 2, 8, 1)                                                                                             \
-  V(0, 128, 1, 64, 2, 8, 1)
+// V(variant, D, tiles, chunk, most_warps, blocks_per_sm)
+#define VIDLA_FORWARD_VARIANTS(V)                                                                              \
+  V(0, 64, 1, 64, 16, 1) /* a frame's strips all at once, the next frame's tables on their way */              \
+  V(1, 64, 1, 64, 4, 4)  /* up to 64 queries: four small blocks wait for each other less than one big one */   \
+  V(2, 64, 2, 32, 8, 1)  /* half the bytes from shared memory, half the warps */                               \
+  V(3, 64, 1, 48, 16, 1)                                                                                       \
+  V(0, 32, 1, 64, 16, 1)                                                                                       \
+  V(1, 32, 1, 64, 4, 4)                                                                                        \
+  V(0, 80, 1, 64, 8, 1)                                                                                        \
+  V(0, 96, 1, 64, 8, 1)                                                                                        \
+  V(0, 128, 1, 64, 8, 1)
 
 template <class T> int dispatch(const Problem& p, int dim, int variant, void* stream, bool dry) {
   bool served = false;
@@ -451,9 +476,9 @@ VIDLA_EXPORT int64_t vidla_hierarchical_forward_workspace(const vidla::Call* c) 
 // The variant that -1 stands for, and all there are for a head dimension, in words (null past the last).
 VIDLA_EXPORT int vidla_hierarchical_forward_choice(const vidla::Call* c) { return vidla::choose(*c); }
 VIDLA_EXPORT const char* vidla_hierarchical_forward_variant(int head_dim, int variant) {
-#define VIDLA_NAME(n, D, tiles, chunk, stages, warps, blocks)                                                      \
+#define VIDLA_NAME(n, D, tiles, chunk, warps, blocks)                                                      \
   if (head_dim == D && variant == n)                                                                               \
-    return #tiles " tiles a strip, " #chunk " keys a chunk, " #stages " stages, " #warps " warps, " #blocks " blocks";
+    return #tiles " tiles a strip, " #chunk " keys a chunk, " #warps " warps, " #blocks " blocks";
   VIDLA_FORWARD_VARIANTS(VIDLA_NAME)
 #undef VIDLA_NAME
   return nullptr;
