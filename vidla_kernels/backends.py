@@ -88,7 +88,7 @@ def measured_fastest(case: Case, able: tuple[str, ...]) -> str | None:
 def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
     """The backends that run on `device`, best first.
 
-    On a CPU the interpreted kernels come last: they are exact, and thousands of times slower than `portable`.
+    On a CPU the interpreted and emulated kernels come last: exact, and thousands of times slower than `portable`.
     """
     device = torch.device(device)
     names = [name for name in NAMES if missing(name, device) is None]

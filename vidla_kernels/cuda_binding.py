@@ -41,28 +41,40 @@ class Call(ctypes.Structure):
     )
 
 
+def not_built() -> str | None:
+    """Why there is no library for GPUs that could be loaded, or None."""
+    if not LIBRARY.exists():
+        why = SKIPPED.read_text().strip() if SKIPPED.exists() else "the package was not installed with pip"
+        return f"the CUDA kernels were not built ({why}); with nvcc and cmake on PATH, `pip install` builds them"
+    try:
+        library("cuda")
+    except (OSError, RuntimeError) as error:
+        return str(error)
+    return None
+
+
 def missing(device: torch.device) -> str | None:
     """Why the CUDA kernels cannot run on this device at all, or None."""
     if device.type == "cpu":
         return cuda_emulate.missing()
     if device.type != "cuda" or torch.version.cuda is None:
         return f"the CUDA kernels run on NVIDIA GPUs, not on {device}"
-    if not LIBRARY.exists():
-        why = SKIPPED.read_text().strip() if SKIPPED.exists() else "vidla was not installed with pip install"
-        return f"the CUDA kernels were not built ({why}); with nvcc on PATH, run `pip install -e .` (or of the package) again"
+    if reason := not_built():
+        return reason
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"the CUDA kernels need compute capability 8.0 (A100) or later; {device} has {major}.{minor}"
+    lib = library("cuda")
+    with _on(device):
+        if status := lib.vidla_device_status():
+            return f"the CUDA kernels cannot use {device}: {lib.vidla_error_text(status).decode()} (code {status})"
     return None
 
 
-def prepare(lib: ctypes.CDLL) -> ctypes.CDLL:
-    """Declare the library's functions, and check that it was built from these sources.
-
-    Raises: RuntimeError where it was not.
-    """
+def prepare(lib: ctypes.CDLL, passes: tuple[str, ...] = PASSES) -> ctypes.CDLL:
+    """Declare the functions of a loaded library."""
     lib.vidla_error_text.restype = ctypes.c_char_p
-    for name in PASSES:
+    for name in passes:
         launch, workspace, choice, variant = (
             getattr(lib, f"vidla_hierarchical_{name}{what}") for what in ("", "_workspace", "_choice", "_variant")
         )
@@ -72,15 +84,22 @@ def prepare(lib: ctypes.CDLL) -> ctypes.CDLL:
             [ctypes.POINTER(Call)],
         )
         workspace.restype, variant.restype = ctypes.c_int64, ctypes.c_char_p
-    if lib.vidla_call_bytes() != ctypes.sizeof(Call):
-        raise RuntimeError(f"{lib._name} was built from other sources than this Python code: run pip install again")
     return lib
 
 
 @cache
 def library(device_type: str) -> ctypes.CDLL:
-    """The loaded library for tensors on "cuda" or, emulated, on "cpu"."""
-    return prepare(cuda_emulate.library() if device_type == "cpu" else ctypes.CDLL(str(LIBRARY)))
+    """The loaded library for tensors on "cuda" or, emulated, on "cpu".
+
+    Raises: OSError, RuntimeError where it cannot be loaded, or was built from other sources than lie beside this file.
+    """
+    if device_type == "cpu":
+        return prepare(cuda_emulate.library())
+    lib = ctypes.CDLL(str(LIBRARY))
+    lib.vidla_sources.restype = ctypes.c_char_p
+    if lib.vidla_sources().decode() != cuda_emulate.digest():
+        raise RuntimeError(f"{LIBRARY} was built from other sources than those in {cuda_emulate.SOURCES}: pip install again")
+    return prepare(lib)
 
 
 def variants(name: str, head_dim: int, device: torch.device) -> dict[int, str]:
@@ -126,9 +145,12 @@ def _refuses(device: torch.device, dtype: torch.dtype, head_dim: int, layout: To
     return f"{layout.patches} patches a frame: {reason}; with {layout.num_summary} summary tokens it takes up to {most}"
 
 
-@lru_cache(maxsize=64)
+@cache
 def _summary_rows(layout: TokenLayout, device: torch.device) -> torch.Tensor:
-    """layout.summary_rows where kernels can read it, (G, 3) int32. Cached: a copy to the GPU would wait for it each call."""
+    """layout.summary_rows where kernels can read it, (G, 3) int32. A copy to the GPU would wait for it in each call.
+
+    Kept for good: a captured CUDA graph has its address.
+    """
     return torch.tensor(layout.summary_rows, dtype=torch.int32, device=device)
 
 

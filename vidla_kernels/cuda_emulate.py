@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -32,18 +33,32 @@ def missing() -> str | None:
     """Why this machine cannot emulate, or None."""
     if os.environ.get("VIDLA_EMULATE_CUDA") != "1":
         return "on a CPU the CUDA kernels run only under emulation, for tests: set VIDLA_EMULATE_CUDA=1"
+    if sys.platform != "linux":
+        return f"the emulation of CUDA switches stacks the way glibc does: it runs on Linux, not on {sys.platform}"
     if shutil.which("g++") is None:
         return "VIDLA_EMULATE_CUDA=1 compiles the CUDA sources with g++, which was not found; install it (apt install g++)"
     return None
 
 
-def compile_library(sources: Path, target: Path, flags: tuple[str, ...] = ()) -> None:
+def digest() -> str:
+    """What the sources are: the hash of the files' hashes, which CMakeLists.txt puts into the library it builds."""
+    files = sorted(path for path in SOURCES.iterdir() if path.suffix in (".cu", ".cuh", ".h"))
+    return hashlib.sha256("".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in files).encode()).hexdigest()
+
+
+def cache_folder() -> Path:
+    """Where compiled libraries are kept: $VIDLA_CACHE, else ~/.cache/vidla."""
+    return Path(os.environ.get("VIDLA_CACHE") or Path.home() / ".cache" / "vidla").expanduser()
+
+
+def compile_library(sources: Path, target: Path, flags: tuple[str, ...] = (), processes: int | None = None) -> None:
     """Compile every .cu file in a folder for the CPU and link them into one shared library.
 
     Args:
         sources: folder with the .cu files and the headers they include.
         target: the library to write.
         flags: further options of the compiler.
+        processes: how many compilers may run at a time; None is one a core.
 
     Raises:
         RuntimeError: the compiler failed; the message is its own.
@@ -54,7 +69,7 @@ def compile_library(sources: Path, target: Path, flags: tuple[str, ...] = ()) ->
         if done.returncode:
             raise RuntimeError(f"g++ could not compile the CUDA sources for emulation:\n{done.stderr[:4000]}")
 
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(processes or os.cpu_count()) as pool:
         units = {source: Path(folder) / f"{source.stem}.o" for source in sorted(sources.glob("*.cu"))}
         list(pool.map(lambda pair: run("-x", "c++", "-c", pair[0], "-o", pair[1]), units.items()))
         run("-shared", *units.values(), "-o", target)
@@ -66,21 +81,19 @@ def library() -> ctypes.CDLL:
 
     Raises: RuntimeError, OSError saying what to do where it cannot be compiled or kept.
     """
-    digest = hashlib.sha256(" ".join(FLAGS).encode())
-    for path in sorted(SOURCES.glob("*.[ch]*")):
-        digest.update(path.read_bytes())
-    cache_folder = Path(os.environ.get("VIDLA_CACHE") or Path.home() / ".cache" / "vidla").expanduser()
-    kept = cache_folder / f"cuda-emulated-{digest.hexdigest()[:12]}.so"
+    name = hashlib.sha256((digest() + " ".join(FLAGS)).encode()).hexdigest()[:12]
+    folder = cache_folder()
+    kept = folder / f"cuda-emulated-{name}.so"
     if not kept.exists():
         try:
-            cache_folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache_folder) as folder:
-                made = Path(folder) / kept.name
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                made = Path(scratch) / kept.name
                 compile_library(SOURCES, made)
                 made.replace(kept)  # whole or not there, also when several processes compile it at once
         except OSError as error:
             raise OSError(
-                f"cannot keep the emulated CUDA kernels in {cache_folder} ({error}); let the environment variable "
+                f"cannot keep the emulated CUDA kernels in {folder} ({error}); let the environment variable "
                 "VIDLA_CACHE name a folder that can be written"
             ) from error
     return ctypes.CDLL(str(kept))

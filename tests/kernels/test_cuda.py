@@ -5,6 +5,8 @@ arrived; so each run here also tests that. What the emulation itself catches: te
 """
 
 import itertools
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,7 +52,8 @@ def shipped(head_dim: int) -> tuple[range, range]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_every_tiling_errs_at_most_twice_torchs_own_attention(head_dim, layout, dtype, device, seed):
+def test_every_tiling_errs_at_most_twice_torchs_own_attention(head_dim, layout, dtype, device, seed, monkeypatch):
+    monkeypatch.setenv("VIDLA_EMULATE_SMS", str((1, 3, 132)[seed % 3]))  # how many blocks share the frames
     case = Case(layout, heads=2, head_dim=head_dim, dtype=dtype)
     qkv, grad = case.draw("hierarchical", device)
     gold = run("hierarchical", qkv.double(), grad.double(), layout, "reference")
@@ -82,11 +85,14 @@ def test_the_order_of_warps_changes_no_bit(head_dim, device, seed, monkeypatch):
 def counted(layout: TokenLayout, name: str, arch: int, monkeypatch) -> dict:
     """What one pass costs at B=1, H=1, D=64 under the default tiling, in the units the goals are stated in.
 
+    One multiprocessor, so that a block gets a clip's frames, as it does where a batch fills the GPU.
+
     bytes: all bytes moved between blocks and global memory over the floor, which is q, k, v, dO read once and the output,
     dq, dk, dv written once. apart: of these, MST and CLS tokens read again for each frame (from L2). work: products
     multiplied over those of visible pairs.
     """
     monkeypatch.setenv("VIDLA_EMULATE_ARCH", str(arch))
+    monkeypatch.setenv("VIDLA_EMULATE_SMS", "1")
     qkv, grad = Case(layout, heads=1, dtype=torch.bfloat16).draw("hierarchical", torch.device("cpu"))
     out, lse = cuda_binding.forward(qkv, layout, 0.125)
     if name == "backward":
@@ -174,6 +180,39 @@ def test_errors_of_the_library_become_exceptions_with_shape_and_arch(device):
         RuntimeError, match=r"forward, on (the emulation|sm_\d+): there is no such variant.*\(1, 601, 3, 2, 64\)"
     ):
         cuda_binding.forward(qkv, B32, 0.125, variant=99)
+
+
+def test_what_is_missing_is_said(monkeypatch, tmp_path):
+    """Each reason, as `backend="cuda"` and `python -m vidla_kernels` give it."""
+    monkeypatch.setattr(cuda_binding, "LIBRARY", tmp_path / "libvidla_cuda.so")
+    monkeypatch.setattr(cuda_binding, "SKIPPED", tmp_path / "libvidla_cuda.txt")
+    cuda_binding.library.cache_clear()
+    assert "not installed with pip" in cuda_binding.not_built()
+    cuda_binding.SKIPPED.write_text("VIDLA_CUDA=0 was set\n")
+    assert "not built (VIDLA_CUDA=0 was set); with nvcc and cmake on PATH" in cuda_binding.not_built()
+    cuda_binding.LIBRARY.write_bytes(b"not a library")
+    assert "libvidla_cuda.so" in cuda_binding.not_built()
+    if shutil.which("g++"):
+        monkeypatch.setattr(cuda_binding, "LIBRARY", Path(cuda_emulate.library()._name))  # has no hash of its sources
+        assert "was built from other sources" in cuda_binding.not_built()
+    cuda_binding.library.cache_clear()
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "g++, which was not found" in cuda_emulate.missing()
+    monkeypatch.delenv("VIDLA_EMULATE_CUDA", raising=False)
+    assert "set VIDLA_EMULATE_CUDA=1" in cuda_emulate.missing()
+
+
+@emulated
+def test_sources_that_do_not_compile_say_so_and_a_cache_that_cannot_be_written_too(monkeypatch, tmp_path):
+    (tmp_path / "broken.cu").write_text("int f() { return }")
+    with pytest.raises(RuntimeError, match=r"could not compile.*\n.*broken\.cu"):
+        cuda_emulate.compile_library(tmp_path, tmp_path / "broken.so")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("VIDLA_CACHE", str(tmp_path / "file" / "folder"))
+    cuda_emulate.library.cache_clear()
+    with pytest.raises(OSError, match="let the environment variable VIDLA_CACHE name a folder"):
+        cuda_emulate.library()
 
 
 def test_auto_does_not_pick_cuda_without_a_measurement(device):

@@ -37,6 +37,8 @@ struct alignas(16) Word4 {
 namespace vidla {
 VIDLA_DEVICE int thread_index() { return threadIdx.x; }
 VIDLA_DEVICE int block_index() { return blockIdx.x; }
+// warp: thread_index() / 32, but the compiler knows that it is the same in all lanes, and so are the branches on it.
+VIDLA_DEVICE int warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
 VIDLA_DEVICE void block_sync() { __syncthreads(); }
 VIDLA_DEVICE void warp_sync() { __syncwarp(); }
 
@@ -51,8 +53,10 @@ VIDLA_DEVICE uint32_t shared_base() {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory));
 }
 
-// warp: 16 bytes from global to shared memory without a register; zeros where not valid. Lands by cp_async_wait.
-VIDLA_DEVICE void cp_async_16(uint32_t shared, const void* global, bool valid) {
+// warp: 16 bytes from global to shared memory without a register; zeros where not valid, nothing where not active. Lands by
+// cp_async_wait.
+VIDLA_DEVICE void cp_async_16(uint32_t shared, const void* global, bool valid, bool active = true) {
+  if (!active) return;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0)
                : "memory");
 }
@@ -60,6 +64,27 @@ VIDLA_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: 
 // Waits until at most `newest` of this thread's committed groups are on their way. Other threads need a sync as well.
 template <int newest> VIDLA_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(newest) : "memory");
+}
+
+// A barrier in shared memory (8 bytes) that counts arrivals and does not make who arrives wait. Its phases are numbered
+// from 0: a phase is over when `count` have arrived. One thread initialises it, before a block_sync.
+VIDLA_DEVICE void mbarrier_init(uint32_t at, int count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory");
+}
+// warp: one arrival for the warp, after all of its accesses before.
+VIDLA_DEVICE void mbarrier_arrive(uint32_t at) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0]; }" ::"r"(at) : "memory");
+}
+// warp: 32 arrivals, each when all earlier cp_async of its thread have landed.
+VIDLA_DEVICE void mbarrier_arrive_with_copies(uint32_t at) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(at) : "memory");
+}
+// warp: until the phase is over; `phase` may be given by its lowest bit.
+VIDLA_DEVICE void mbarrier_wait(uint32_t at, int phase) {
+  asm volatile(
+      "{ .reg .pred p; again%=: mbarrier.test_wait.parity.shared.b64 p, [%0], %1; @!p bra again%=; }" ::"r"(at), "r"(phase & 1)
+      : "memory");
 }
 
 // warp: four 8x8 matrices of 16-bit elements; lane 8i+j gives the address of row j of matrix i.
@@ -129,6 +154,20 @@ VIDLA_DEVICE void mma_m16n8k16<fp16>(float (&c)[4], const uint32_t (&a)[4], uint
 VIDLA_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 VIDLA_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
+VIDLA_DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }  // that lane's x
+VIDLA_DEVICE bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
+
+// To about 1, 2 and 1 units in the last place.
+VIDLA_DEVICE float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+VIDLA_DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 VIDLA_DEVICE float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -198,6 +237,11 @@ template <auto kernel, class P> int launch(const char*, int blocks, int threads,
   }
   kernel<<<blocks, threads, shared, static_cast<cudaStream_t>(stream)>>>(p);
   return cudaGetLastError();
+}
+inline int device_status() {
+  int n = 0, device = 0;
+  const cudaError_t e = cudaGetDevice(&device);
+  return e != cudaSuccess ? e : cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device);
 }
 inline const char* error_name(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
 inline void watch_buffer(const char*, const void*, int64_t) {}  // the emulator's bounds and byte counts

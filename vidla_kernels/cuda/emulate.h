@@ -125,11 +125,13 @@ inline void error(const char* kind, const std::string& detail) {
 
 // ---- a block in flight ---------------------------------------------------------------------------------------------
 enum class Op {
-  mma, ldmatrix, ldmatrix_trans, cp_async, store_shared, load_shared, shuffle, load, store, warp_sync, block_sync
+  mma, ldmatrix, ldmatrix_trans, cp_async, store_shared, load_shared, shuffle, vote, arrive, wait, load, store, warp_sync,
+  block_sync
 };
 inline const char* name(Op op) {
-  static const char* names[] = {"mma",     "ldmatrix",    "ldmatrix.trans", "cp.async",  "store_shared", "load_shared",
-                                "shuffle", "load_global", "store_global",   "warp_sync", "block_sync"};
+  static const char* names[] = {"mma",     "ldmatrix", "ldmatrix.trans",  "cp.async",      "store_shared", "load_shared",
+                                "shuffle", "vote",     "mbarrier_arrive", "mbarrier_wait", "load_global",  "store_global",
+                                "warp_sync", "block_sync"};
   return names[int(op)];
 }
 
@@ -156,8 +158,15 @@ struct Lane {
   bool active;
 };
 
+struct Mbarrier {  // one that some thread has initialised
+  int count = 0, missing = 0, phase = 0;
+  std::vector<std::pair<Lane*, Async>> copies;  // that its phase waits for
+};
+
 struct Warp {
   Lane lanes[32];
+  const Mbarrier* waits_for = nullptr;  // in mbarrier_wait, for the end of phase `waits_phase`
+  int waits_phase = 0;
   int index = 0, arrived = 0, finished = 0, resume = 0;
   Op op = Op::mma;
   bool at_barrier = false;
@@ -176,6 +185,7 @@ struct Worker {
   std::vector<int> order;  // in which warps get their turn
   std::vector<uint8_t> shared;
   std::vector<Word> shadow;
+  std::map<uint32_t, Mbarrier> mbarriers;  // by offset
   std::vector<void*> stacks;  // one for each thread of a block; kept for the next launch
   std::function<void()> kernel;
   ucontext_t starter;
@@ -222,9 +232,13 @@ inline std::string place(const Lane& l) {
          std::to_string(l.thread % 32);
 }
 
+inline bool phase_over(const Mbarrier& b, int phase) { return (b.phase ^ phase) & 1; }
 inline Warp* runnable_warp() {
-  for (int i : worker->order)
-    if (!worker->warps[i]->at_barrier && worker->warps[i]->finished == 0) return worker->warps[i].get();
+  for (int i : worker->order) {
+    Warp& w = *worker->warps[i];
+    if (w.waits_for && !phase_over(*w.waits_for, w.waits_phase)) continue;
+    if (!w.at_barrier && w.finished == 0) return &w;
+  }
   return nullptr;
 }
 
@@ -312,6 +326,7 @@ inline void note_write(const Lane& me, uint32_t at, int bytes, bool in_flight, c
     s.in_flight = in_flight;
   }
 }
+constexpr uint32_t none = ~0u;  // address of an inactive lane
 // Extra passes a group of lanes costs: 32 banks of 4 bytes, one distinct 16-byte row a bank group and pass.
 inline int conflicts(const uint32_t* address, int n) {
   int worst = 1;
@@ -408,11 +423,13 @@ inline void run_block(Worker& k, int block, int shared) {
   k.block = block;
   k.warps_waiting = 0;
   k.epoch = 1;
+  k.mbarriers.clear();
   k.shared.assign(shared, 0xff);
   k.shadow.assign(shared / 4, Word{0, 0, 0, 0, Word::nobody, Word::nobody, Word::nobody, false});
   for (auto& w : k.warps) {
     w->arrived = w->finished = w->resume = 0;
     w->at_barrier = false;
+    w->waits_for = nullptr;
     w->syncs = 1;
     for (Lane& l : w->lanes) l.finished = false, l.groups = 0, l.in_flight.clear();
   }
@@ -456,6 +473,7 @@ inline void run(const char* kernel_name, int blocks, int threads, int shared, co
 // ---- the primitives ------------------------------------------------------------------------------------------------
 VIDLA_DEVICE int thread_index() { return emulate::worker->lane->thread; }
 VIDLA_DEVICE int block_index() { return emulate::worker->block; }
+VIDLA_DEVICE int warp_index() { return thread_index() / 32; }
 VIDLA_DEVICE uint32_t shared_base() { return 0; }
 VIDLA_DEVICE int not_ahead(int x) { return x; }
 
@@ -483,11 +501,11 @@ inline void block_sync() {
   });
 }
 
-inline void cp_async_16(uint32_t shared, const void* global, bool valid) {
+inline void cp_async_16(uint32_t shared, const void* global, bool valid, bool active = true) {
   using namespace emulate;
   Lane& me = *worker->lane;
-  me.address = shared, me.pointer = global, me.active = valid;
-  if (shared_in_range(shared, 16, "cp.async")) {
+  me.address = active ? shared : none, me.pointer = global, me.active = valid && active;
+  if (active && shared_in_range(shared, 16, "cp.async")) {
     note_write(me, shared, 16, true, "cp.async");
     memset(&worker->shared[shared], 0xff, 16);
     me.in_flight.push_back({shared, global, valid && global_in_range(global, 16, "cp.async"), me.groups});
@@ -498,29 +516,84 @@ inline void cp_async_16(uint32_t shared, const void* global, bool valid) {
     n.sectors_read += sectors(w);
     for (int q = 0; q < 32; q += 8) {  // 8 lanes of 16 bytes a pass
       uint32_t rows[8];
-      for (int i = 0; i < 8; ++i) rows[i] = w.lanes[q + i].address;
-      n.cp_async_conflicts += conflicts(rows, 8);
+      int some = 0;
+      for (int i = 0; i < 8; ++i)
+        if (w.lanes[q + i].address != none) rows[some++] = w.lanes[q + i].address;
+      n.cp_async_conflicts += conflicts(rows, some);
     }
     n.global_read += note_global(w, 16, false);
-    n.shared_written += 512;
+    for (const Lane& l : w.lanes) n.shared_written += l.address == none ? 0 : 16;
   });
 }
 inline void cp_async_commit() { ++emulate::worker->lane->groups; }
+namespace emulate {
+inline void land(const Async& a, const Warp& w) {
+  if (a.valid) memcpy(&worker->shared[a.to], a.from, 16);
+  else memset(&worker->shared[a.to], 0, 16);
+  for (uint32_t i = a.to / 4; i < a.to / 4 + 4; ++i) {
+    Word& s = worker->shadow[i];
+    s.in_flight = false, s.write_epoch = worker->epoch, s.write_syncs = w.syncs;
+  }
+}
+}  // namespace emulate
 template <int newest> inline void cp_async_wait() {
   using namespace emulate;
   Lane& me = *worker->lane;
   auto waits = [&](const Async& a) { return a.group >= me.groups - newest; };
-  for (const Async& a : me.in_flight) {
-    if (waits(a)) continue;
-    if (a.valid) memcpy(&worker->shared[a.to], a.from, 16);
-    else memset(&worker->shared[a.to], 0, 16);
-    for (uint32_t i = a.to / 4; i < a.to / 4 + 4; ++i) {
-      Word& s = worker->shadow[i];
-      s.in_flight = false, s.write_epoch = worker->epoch, s.write_syncs = me.warp->syncs;
-    }
-  }
+  for (const Async& a : me.in_flight)
+    if (!waits(a)) land(a, *me.warp);
   me.in_flight.erase(std::remove_if(me.in_flight.begin(), me.in_flight.end(), [&](auto& a) { return !waits(a); }),
                      me.in_flight.end());
+}
+
+// The end of a phase orders all that was done before for all that comes after, as a block_sync does: of threads that have
+// not arrived, or do not wait, that is more than the GPU promises.
+namespace emulate {
+inline Mbarrier* mbarrier(uint32_t at) {
+  auto found = worker->mbarriers.find(at);
+  if (found == worker->mbarriers.end()) abandon_block("mbarrier nobody initialised", place(*worker->lane));
+  return &found->second;
+}
+inline void arrive(Mbarrier& b, int arrivals) {
+  b.missing -= arrivals;
+  if (b.missing < 0) abandon_block("mbarrier", place(*worker->lane) + " arrives at a phase that is over");
+  if (b.missing) return;
+  for (auto& [lane, copy] : b.copies) land(copy, *lane->warp);
+  b.copies.clear();
+  b.missing = b.count, ++b.phase, ++worker->epoch;
+}
+}  // namespace emulate
+inline void mbarrier_init(uint32_t at, int count) {
+  auto& b = emulate::worker->mbarriers[at];
+  b.count = b.missing = count;
+}
+inline void mbarrier_arrive(uint32_t at) {
+  using namespace emulate;
+  rendezvous(Op::arrive, [at](Warp&) { arrive(*mbarrier(at), 1); });
+}
+inline void mbarrier_arrive_with_copies(uint32_t at) {
+  using namespace emulate;
+  rendezvous(Op::arrive, [at](Warp& w) {
+    Mbarrier& b = *mbarrier(at);
+    for (Lane& l : w.lanes) {
+      for (const Async& a : l.in_flight) b.copies.push_back({&l, a});
+      l.in_flight.clear();
+    }
+    arrive(b, 32);
+  });
+}
+inline void mbarrier_wait(uint32_t at, int phase) {
+  using namespace emulate;
+  rendezvous(Op::wait, [at, phase](Warp& w) {
+    const Mbarrier& b = *mbarrier(at);
+    ++w.syncs;
+    if (phase_over(b, phase)) return;
+    w.waits_for = &b, w.waits_phase = phase, w.resume = worker->lane->thread % 32;
+    Warp* other = runnable_warp();
+    if (!other) abandon_block("mbarrier", place(*worker->lane) + " waits for a phase that cannot end");
+    switch_to(other->lanes[other->resume]);
+    w.waits_for = nullptr;
+  });
 }
 
 namespace emulate {
@@ -648,6 +721,30 @@ inline uint32_t shuffle_xor(uint32_t x, int mask) {
 }
 inline float shuffle_xor(float x, int mask) { return emulate::from_bits(shuffle_xor(emulate::to_bits(x), mask)); }
 
+inline float shuffle(float x, int lane) {
+  using namespace emulate;
+  Lane& me = *worker->lane;
+  me.a[0] = to_bits(x), me.address = uint32_t(lane);
+  rendezvous(Op::shuffle, [](Warp& w) {
+    ++worker->count.shuffles;
+    for (int l = 0; l < 32; ++l) w.lanes[l].a[1] = w.lanes[w.lanes[l].address % 32].a[0];
+  });
+  return from_bits(me.a[1]);
+}
+inline bool warp_any(bool x) {
+  using namespace emulate;
+  Lane& me = *worker->lane;
+  me.a[0] = x;
+  rendezvous(Op::vote, [](Warp& w) {
+    uint32_t any = 0;
+    for (const Lane& l : w.lanes) any |= l.a[0];
+    for (Lane& l : w.lanes) l.a[1] = any;
+  });
+  return me.a[1];
+}
+
+inline float log2_fast(float x) { return std::log2(x); }
+inline float reciprocal(float x) { return 1 / x; }
 inline float exp2_fast(float x) { return ++emulate::worker->count.exp2, std::exp2(x); }
 template <class T> uint32_t pack(float low, float high);
 template <> inline uint32_t pack<bf16>(float low, float high) {
@@ -697,6 +794,7 @@ template <auto kernel, class P> int launch(const char* name, int blocks, int thr
   emulate::run(name, blocks, threads, shared, [=] { kernel(p); });
   return 0;
 }
+inline int device_status() { return 0; }
 inline const char* error_name(int) { return "the emulated launch was refused"; }
 inline void watch_buffer(const char* name, const void* base, int64_t bytes) {
   auto& all = emulate::record().buffers;

@@ -14,6 +14,8 @@
 
 namespace vidla {
 
+VIDLA_HOST_DEVICE int least(int a, int b) { return a < b ? a : b; }
+
 // The arguments of every launcher and of every workspace query. vidla_kernels/cuda_binding.py mirrors it field by field.
 // Strides in elements. out, d_out (B, S, H, D) and d_qkv (B, S, 3, H, D) are contiguous; qkv's rows of D are, and begin at
 // multiples of 16 bytes, which makes every stride a multiple of 8.

@@ -1,15 +1,20 @@
 // Hierarchical attention, forward. qkv (B, S, 3, H, D) -> out (B, S, H, D), bf16 or fp16, sums in fp32.
 //
-// Tiling. A block owns one (batch, head, frame); its keys, its queries and who sees whom: hierarchical.cuh. The queries
-// are cut into tiles of 16 rows; a warp takes `tiles` of them at a time, so that a fragment of K or V read from shared
-// memory feeds that many mma.
-// K and V come into shared memory once, by cp.async, and stay: one block barrier in the whole program. A warp's query
-// rows have a small buffer of its own, refilled for the next turn as soon as the fragments are in registers.
-// A warp walks over the keys `chunk` at a time: S = QK' in registers, running maximum, P = exp2, packed in place to be
-// the A operand of PV. What chunks leave over goes in steps of 16. Chunks that every row sees whole test nothing.
-// Patch rows are final and written once. Summary rows leave (m, l, acc) for each frame they see; the second kernel adds
-// them up in frame order, and CLS's own key to the CLS row. No atomics: the same bits every run. Beside the output goes
-// the log-sum-exp of every row, from which the backward gets P back without a second softmax.
+// Tiling. The queries of a frame (hierarchical.cuh) are cut into tiles of 16 rows; a warp takes `tiles` of them at a time,
+// a strip, so that a fragment of K or V read from shared memory feeds that many mma.
+// A block owns a head and a run of consecutive frames, which may reach from one clip into the next: the (batch, frame)
+// pairs are shared out evenly, once to each team of H blocks, so that every block is resident from the start, all get
+// the same work, and the heads of a token, which lie side by side in memory, are read at about the same time.
+// K and V of a frame come into shared memory once, by cp.async, for all of its queries; with two stages the next frame's
+// arrive meanwhile. Where a frame doesn't fit, they come in pieces, for as many queries as the block has strips. A warp's
+// own query rows have a small buffer, refilled as soon as the fragments are in registers.
+// A warp walks over the keys `chunk` at a time: S = QK' in registers, maximum, P = exp2, packed in place to be the A
+// operand of PV. The accumulator is rescaled only when a maximum has grown by more than a factor of 2^8, which fp32 and
+// both 16-bit types hold without loss. Keys that every row sees are not tested; what chunks leave over goes by 16.
+// Patch rows are final and written once. Summary rows stay in the registers of their warp for as many frames as the block
+// works on (if it needs one turn a frame), then leave (m, l, acc) for the second kernel, which adds them up in frame order,
+// and CLS's own key to the CLS row. No atomics: the same bits every run. Beside the output goes the log-sum-exp of every
+// row, from which the backward gets P back without a second softmax.
 #include "hierarchical.cuh"
 
 namespace vidla {
@@ -18,32 +23,58 @@ struct Problem : Layout {
   const void* qkv;
   void* out;
   float* lse;         // (B, H, S) base 2: log2 of each row's sum of exp(scale * score)
-  float* sums;        // (B, H, T, G, D) unnormalised partial outputs
-  float* statistics;  // (B, H, T, G, 2) maximum score, sum of weights
-  float scale_log2;   // softmax scale * log2(e): exp(scale * x) = exp2(scale_log2 * x)
+  float* sums;        // (B, H, T, G, D) unnormalised partial outputs, at the first frame of those they are of
+  float* statistics;  // (B, H, T, G, 2) maximum score, sum of weights; the maximum is -inf where nothing was seen
+  int token_bytes;    // from a token to the next in qkv
+  float scale_log2;   // softmax scale * log2(e): exp(scale * x) = exp2(scale_log2 * x); > 0
+  float slack;        // how far a score may exceed the maximum in use
+  int warps, teams;   // in a block; of H blocks each
+  int run, longer;    // see run_start
+  int piece, pieces;  // keys in a stage, stages that hold a frame
+  int shared;         // bytes of a block
+  int wrap;           // rows from a frame's first strip to the next frame's
+  int carry;          // 1: summary rows stay in registers from frame to frame
+
+  // The B*T frames are shared out in order: `longer` teams get run + 1 of them, the others run.
+  VIDLA_HOST_DEVICE int run_start(int team) const { return team * run + least(team, longer); }
+  VIDLA_HOST_DEVICE bool starts_part(int frame) const {  // of the B*T, other than a clip's first: new partial results
+    const int split = longer * (run + 1);
+    return !carry || (frame < split ? frame % (run + 1) : (frame - split) % run) == 0;
+  }
 };
 
-template <int D> int shared_bytes(const Problem& p, int warps, int tiles) {
-  return (2 * p.padded_keys() + 16 * tiles * warps) * Rows<D>::bytes;
-}
+// A frame of a clip, and how many the block has left from there on.
+struct Place {
+  int batch, frame, left;
+  VIDLA_DEVICE void advance(const Layout& p) {
+    --left;
+    if (++frame == p.frames) frame = 0, ++batch;
+  }
+};
 
 // The softmax of one warp's rows on its way over the keys. [i]: tile, [h]: rows g and g + 8 of it.
 template <class T, int D, int tiles> struct Strip {
   uint32_t q[tiles][D / 16][4];
   float acc[tiles][D / 8][4];
-  float maximum[tiles][2], sum[tiles][2];
-  int limit[tiles][2];
+  float maximum[tiles][2], sum[tiles][2];  // sum: this lane's columns alone
+  int limit[tiles][2];                     // the row sees keys below; 0: nothing in this frame
 
-  // Keys [key, key + chunk).
-  template <int chunk, bool masked> VIDLA_DEVICE void step(int key, uint32_t k_at, uint32_t v_at, float scale_log2) {
-    const int lane = thread_index() % 32, j = lane % 4;
+  VIDLA_DEVICE void start(int i, int h, int keys) {
+    maximum[i][h] = minus_infinity, sum[i][h] = 0, limit[i][h] = keys;
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) acc[i][n][2 * h] = acc[i][n][2 * h + 1] = 0;
+  }
+
+  // `chunk` keys, the first of which is number `key` of the frame; K and V as this lane's ldmatrix addresses.
+  template <int chunk, bool tested> VIDLA_DEVICE void step(int key, uint32_t k, uint32_t v, const Problem& p) {
     float s[tiles][chunk / 8][4] = {};
 #pragma unroll
-    for (int n = 0; n < chunk / 16; ++n) {
+    for (int d = 0; d < D / 16; ++d) {  // matrices: keys 0-7, dims 0-7; 0-7, 8-15; 8-15, 0-7; 8-15, 8-15
+      const uint32_t at = Rows<D>::along(k, 2 * d);
 #pragma unroll
-      for (int d = 0; d < D / 16; ++d) {  // matrices: keys 0-7, dims 0-7; 0-7, 8-15; 8-15, 0-7; 8-15, 8-15
+      for (int n = 0; n < chunk / 16; ++n) {
         uint32_t b[4];
-        ldmatrix_x4(b, k_at + Rows<D>::at(key + 16 * n + lane % 8 + lane / 16 * 8, 2 * d + lane / 8 % 2));
+        ldmatrix_x4(b, at + 16 * n * Rows<D>::bytes);
 #pragma unroll
         for (int i = 0; i < tiles; ++i) {
           mma_m16n8k16<T>(s[i][2 * n], q[i][d], b[0], b[1]);
@@ -51,216 +82,313 @@ template <class T, int D, int tiles> struct Strip {
         }
       }
     }
+    if (tested) {  // the last 16 keys alone: the others are below every limit
+      const int column = key + chunk - 16 + thread_index() % 4 * 2;
+#pragma unroll
+      for (int i = 0; i < tiles; ++i) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          float& score = s[i][chunk / 8 - 2 + e / 4][e % 4];
+          if (column + e / 4 * 8 + e % 2 >= limit[i][e / 2 % 2]) score = minus_infinity;
+        }
+      }
+    }
 
+    float top[tiles][2], offset[tiles][2];
+    bool grown = false;
 #pragma unroll
     for (int i = 0; i < tiles; ++i) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float top = maximum[i][h];
+        float even = s[i][0][2 * h], odd = s[i][0][2 * h + 1];  // two chains, half as long
 #pragma unroll
-        for (int n = 0; n < chunk / 8; ++n) {
+        for (int n = 1; n < chunk / 8; ++n) even = fmaxf(even, s[i][n][2 * h]), odd = fmaxf(odd, s[i][n][2 * h + 1]);
+        float most = fmaxf(even, odd);
+        most = fmaxf(most, shuffle_xor(most, 1));
+        most = fmaxf(most, shuffle_xor(most, 2));
+        top[i][h] = limit[i][h] ? fmaxf(maximum[i][h], most) : maximum[i][h];
+        grown |= top[i][h] - maximum[i][h] > p.slack;  // always at the first keys a row sees: finite - -inf
+      }
+    }
+    if (warp_any(grown)) {
 #pragma unroll
-          for (int e = 2 * h; e < 2 * h + 2; ++e) {
-            if (masked && key + 8 * n + 2 * j + e % 2 >= limit[i][h]) s[i][n][e] = minus_infinity;
-            top = fmaxf(top, s[i][n][e]);
-          }
+      for (int i = 0; i < tiles; ++i) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float shrink = top[i][h] > maximum[i][h] ? exp2_fast((maximum[i][h] - top[i][h]) * p.scale_log2) : 1;
+          maximum[i][h] = top[i][h];
+          sum[i][h] *= shrink;
+#pragma unroll
+          for (int n = 0; n < D / 8; ++n) acc[i][n][2 * h] *= shrink, acc[i][n][2 * h + 1] *= shrink;
         }
-        top = fmaxf(top, shuffle_xor(top, 1));
-        top = fmaxf(top, shuffle_xor(top, 2));  // finite from the first chunk on: every row sees key 0
-        const float shrink = exp2_fast((maximum[i][h] - top) * scale_log2);
-        maximum[i][h] = top;
-        sum[i][h] *= shrink;
+      }
+    }
 #pragma unroll
-        for (int n = 0; n < D / 8; ++n) acc[i][n][2 * h] *= shrink, acc[i][n][2 * h + 1] *= shrink;
+    for (int i = 0; i < tiles; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        offset[i][h] = limit[i][h] ? -maximum[i][h] * p.scale_log2 : minus_infinity;  // a row that sees nothing: P = 0
 #pragma unroll
         for (int n = 0; n < chunk / 8; ++n) {
 #pragma unroll
           for (int e = 2 * h; e < 2 * h + 2; ++e) {
-            s[i][n][e] = exp2_fast(s[i][n][e] * scale_log2 - top * scale_log2);
+            s[i][n][e] = exp2_fast(s[i][n][e] * p.scale_log2 + offset[i][h]);
             sum[i][h] += s[i][n][e];
           }
         }
       }
     }
 
+    uint32_t w[chunk / 16][tiles][4];  // P in 16 bits: two score tiles side by side are one A operand
 #pragma unroll
     for (int n = 0; n < chunk / 16; ++n) {
-      uint32_t p[tiles][4];  // two score tiles side by side are one A operand
 #pragma unroll
       for (int i = 0; i < tiles; ++i) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const float* pair = s[i][2 * n + e / 2] + e % 2 * 2;
-          p[i][e] = pack<T>(pair[0], pair[1]);
+          w[n][i][e] = pack<T>(pair[0], pair[1]);
         }
       }
+    }
+#pragma unroll
+    for (int n = 0; n < chunk / 16; ++n) {
 #pragma unroll
       for (int d = 0; d < D / 16; ++d) {  // transposed: keys 0-7, dims 0-7; 8-15, 0-7; 0-7, 8-15; 8-15, 8-15
         uint32_t b[4];
-        ldmatrix_x4_trans(b, v_at + Rows<D>::at(key + 16 * n + lane % 16, 2 * d + lane / 16));
+        ldmatrix_x4_trans(b, Rows<D>::along(v, 2 * d) + 16 * n * Rows<D>::bytes);
 #pragma unroll
         for (int i = 0; i < tiles; ++i) {
-          mma_m16n8k16<T>(acc[i][2 * d], p[i], b[0], b[1]);
-          mma_m16n8k16<T>(acc[i][2 * d + 1], p[i], b[2], b[3]);
+          mma_m16n8k16<T>(acc[i][2 * d], w[n][i], b[0], b[1]);
+          mma_m16n8k16<T>(acc[i][2 * d + 1], w[n][i], b[2], b[3]);
         }
       }
     }
   }
 };
 
-template <class T, int D, int warps, int tiles, int chunk, int blocks_per_sm>
-VIDLA_KERNEL(32 * warps, blocks_per_sm) hierarchical_fwd_frames(Problem p) {
-  constexpr int rows = 16 * tiles, units = D / 8;
-  const int thread = thread_index(), lane = thread % 32, warp = thread / 32, g = lane / 4, j = lane % 4;
-  const int head = block_index() % p.heads, frame = block_index() / p.heads % p.frames;
-  const int batch = block_index() / p.heads / p.frames;
-  const int out_token = p.heads * D;
-  const T* qkv = static_cast<const T*>(p.qkv) + batch * p.qkv_batch + head * p.qkv_head;
-  T* out = static_cast<T*>(p.out) + int64_t(batch) * p.sequence() * out_token + head * D;
-  const int64_t partial = (int64_t(batch) * p.heads + head) * p.frames + frame;
+template <class T, int D, int tiles, int chunk, int most_warps, int blocks_per_sm>
+VIDLA_KERNEL(32 * most_warps, blocks_per_sm) hierarchical_fwd_frames(Problem p) {
+  constexpr int rows = 16 * tiles, units = D / 8, lanes = units > 8 ? 16 : units;  // copies: so many lanes a row
+  const unsigned lane = thread_index() & 31, g = lane / 4, j = lane % 4, unit = lane % lanes;
+  const int warp = warp_index(), head = block_index() % p.heads, team = block_index() / p.heads;
+  const int queries = p.queries(), keys = p.keys(), padded = p.padded_keys(), stride = p.warps * rows;
+  const char* qkv = static_cast<const char*>(p.qkv) + 2 * (head * p.qkv_head + 8 * unit);
 
-  const int queries = p.queries(), keys = p.keys(), padded = p.padded_keys();
-  const uint32_t k_at = shared_base(), v_at = k_at + padded * Rows<D>::bytes;
-  const uint32_t q_at = v_at + (padded + warp * rows) * Rows<D>::bytes;
+  const uint32_t tables = shared_base(), stage_bytes = 2 * p.piece * Rows<D>::bytes;  // two stages of K and V,
+  const uint32_t q_at = tables + 2 * stage_bytes + warp * rows * Rows<D>::bytes;      // each warp's query rows,
+  const uint32_t full = tables + 2 * stage_bytes + stride * Rows<D>::bytes, empty = full + 16;  // mbarriers of the stages
 
-  auto fetch_queries = [&](int first) {
+  Place at{p.run_start(team) / p.frames, p.run_start(team) % p.frames, p.run_start(team + 1) - p.run_start(team)};
+  int first = warp * rows;  // the warp's next strip begins at this row of the frame at hand or, from wrap on, a later one
+  int piece = 0, segment = at.frame;  // segment: the first frame that the summary rows in registers have seen
+
+  auto fetch_keys = [&](const Place& to, int piece, int slot) {
+    const char* k_from = qkv + 2 * (to.batch * p.qkv_batch + p.qkv_third);
+    const uint32_t k_to = tables + slot * stage_bytes, v_to = k_to + p.piece * Rows<D>::bytes;
+    const int key_0 = piece * p.piece, count = least(p.piece, padded - key_0), patch_0 = p.summary() + to.frame * p.patches;
+#pragma unroll 1
+    for (unsigned row = warp * (32 / lanes) + lane / lanes; row < count; row += p.warps * (32 / lanes)) {  // whole warps
+      const int key = key_0 + row;  // padding is zero, because 0 * NaN would spoil PV
+      int token = key + (key < p.patches ? patch_0 : 1 - p.patches);
+      if (key >= p.patches + p.mst()) token = 0;
+      const char* from = k_from + int64_t(token) * p.token_bytes;
+      cp_async_16(k_to + Rows<D>::at(row, unit), from, key < keys, unit < units);
+      cp_async_16(v_to + Rows<D>::at(row, unit), from + 2 * p.qkv_third, key < keys, unit < units);
+    }
+    mbarrier_arrive_with_copies(full + 8 * slot);
+  };
+  auto fetch_queries = [&](int row_0) {
+    Place to = at;
+    for (; row_0 >= p.wrap; row_0 -= p.wrap) to.advance(p);
+    if (to.left <= 0) return;
+    const char* q_from = qkv + 2 * (to.batch * p.qkv_batch);
+    const int patch_0 = p.summary() + to.frame * p.patches;
 #pragma unroll 1  // unrolled, its addresses are computed ahead, kept across the main loop, and spilled
-    for (int i = lane; i < rows * units; i += 32) {
-      const int row = i / units, unit = i % units;
-      const bool valid = first + row < queries;
-      const T* from = qkv + (valid ? p.query_token(frame, first + row) : 0) * p.qkv_token + 8 * unit;
-      cp_async_16(q_at + Rows<D>::at(row, unit), from, valid);
+    for (unsigned i = lane / lanes; i < rows; i += 32 / lanes) {
+      const int row = row_0 + i, token = row < queries ? row + (row < p.patches ? patch_0 : -p.patches) : 0;
+      cp_async_16(q_at + Rows<D>::at(i, unit), q_from + int64_t(token) * p.token_bytes, row < queries, unit < units);
     }
     cp_async_commit();
   };
 
-  for (int i = thread; i < padded * units; i += 32 * warps) {  // padded is a multiple of 16: whole warps leave together
-    const int key = i / units, unit = i % units;
-    const bool valid = key < keys;  // padding is zero, because 0 * NaN would spoil PV
-    const T* from = qkv + (valid ? p.key_token(frame, key) : 0) * p.qkv_token + p.qkv_third + 8 * unit;
-    cp_async_16(k_at + Rows<D>::at(key, unit), from, valid);
-    cp_async_16(v_at + Rows<D>::at(key, unit), from + p.qkv_third, valid);
+  if (thread_index() < 2) {
+    mbarrier_init(full + 8 * thread_index(), 32 * p.warps);
+    mbarrier_init(empty + 8 * thread_index(), p.warps);
   }
-  cp_async_commit();
-  if (warp * rows < queries) fetch_queries(warp * rows);
-  cp_async_wait<0>();
   block_sync();
+  fetch_keys(at, 0, 0);
+  fetch_queries(first);
+  Strip<T, D, tiles> strip;
+#pragma unroll 1
+  for (int n = 0; at.left > 0; ++n) {  // a step: one piece of a frame's keys, for all strips or for one of each warp
+    const int slot = n & 1;
+    const bool last_piece = piece + 1 == p.pieces;
+    bool fetched = false;
+    auto fetch_next = [&] {  // in the middle of a step: then the others have left the step before, and nobody waits
+      fetched = true;
+      Place next = at;
+      if (last_piece && (p.pieces == 1 || first + stride >= p.wrap)) next.advance(p);
+      if (next.left == 0) return;
+      if (n) mbarrier_wait(empty + 8 * (slot ^ 1), (n - 1) >> 1);
+      fetch_keys(next, last_piece ? 0 : piece + 1, slot ^ 1);
+    };
+    mbarrier_wait(full + 8 * slot, n >> 1);
 
+    const int key_0 = piece * p.piece, key_end = least(key_0 + p.piece, padded);
 #pragma unroll 1
-  for (int first = warp * rows; first < queries; first += warps * rows) {
-    Strip<T, D, tiles> strip;
+    while (first < p.wrap) {
+      const bool some_patches = first < p.patches, some_summary = first + rows > p.patches;
+      if (piece == 0) {
+        cp_async_wait<0>();
+        warp_sync();
 #pragma unroll
-    for (int i = 0; i < tiles; ++i) {
+        for (int i = 0; i < tiles; ++i) {
 #pragma unroll
-      for (int d = 0; d < D / 16; ++d)
-        ldmatrix_x4(strip.q[i][d], q_at + Rows<D>::at(16 * i + lane % 16, 2 * d + lane / 16));
-#pragma unroll
-      for (int n = 0; n < D / 8; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) strip.acc[i][n][e] = 0;
-      }
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        strip.maximum[i][h] = minus_infinity, strip.sum[i][h] = 0;
-        strip.limit[i][h] = p.limit(frame, first + 16 * i + 8 * h + g);
-      }
-    }
-    warp_sync();  // all lanes have their fragments: the buffer is free
-    if (first + warps * rows < queries) fetch_queries(first + warps * rows);
-
-    const int common = first + rows <= p.patches ? keys : p.patches;  // every row of the strip sees these first keys
-    int key = 0;
-#pragma unroll 1
-    for (; key + chunk <= common; key += chunk) strip.template step<chunk, false>(key, k_at, v_at, p.scale_log2);
-#pragma unroll 1
-    for (; key + chunk <= padded; key += chunk) strip.template step<chunk, true>(key, k_at, v_at, p.scale_log2);
-#pragma unroll 1
-    for (; key < padded; key += 16) strip.template step<16, true>(key, k_at, v_at, p.scale_log2);
-
-#pragma unroll
-    for (int i = 0; i < tiles; ++i) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int row = first + 16 * i + 8 * h + g, token = p.query_token(frame, row);
-        float sum = strip.sum[i][h];
-        sum += shuffle_xor(sum, 1);
-        sum += shuffle_xor(sum, 2);
-        if (first < p.patches) {  // some patch rows
-          const float over = 1 / sum;
-#pragma unroll
-          for (int d = 0; d < D / 16; ++d) {  // two lanes trade: 4 columns a lane, a full 32-byte sector in 4 lanes
-            const float *l = strip.acc[i][2 * d] + 2 * h, *r = strip.acc[i][2 * d + 1] + 2 * h;
-            const uint32_t left = pack<T>(l[0] * over, l[1] * over), right = pack<T>(r[0] * over, r[1] * over);
-            const uint32_t other = shuffle_xor(j % 2 ? left : right, 1);
-            const int column = 16 * d + (j % 2 ? 8 + 2 * (j - 1) : 2 * j);
-            const Word2 four = j % 2 ? Word2{{other, right}} : Word2{{left, other}};
-            store_global(out + int64_t(token) * out_token + column, four, row < p.patches);
-          }
-          const bool keep = row < p.patches && j == 0;
-          float* lse = p.lse + (int64_t(not_ahead(batch)) * p.heads + head) * p.sequence() + token;
-          store_global(lse, as_word(strip.maximum[i][h] * p.scale_log2 + log2f(sum)), keep);
+          for (int d = 0; d < D / 16; ++d)
+            ldmatrix_x4(strip.q[i][d], q_at + Rows<D>::at(16 * i + lane % 16, 2 * d + lane / 16));
         }
-        if (first + rows > p.patches) {  // some summary rows
-          const bool mine = row >= p.patches && row < queries && p.frame_visible(frame, token);
-          const int64_t to = partial * p.summary() + token;
+        const bool continues = some_summary && p.carry && segment != at.frame;  // its summary rows do
 #pragma unroll
-          for (int n = 0; n < D / 8; ++n) {
-            const float* two = strip.acc[i][n] + 2 * h;
-            store_global(p.sums + to * D + 8 * n + 2 * j, Word2{{as_word(two[0]), as_word(two[1])}}, mine);
+        for (int i = 0; i < tiles; ++i) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            if (!continues) strip.start(i, h, keys);
+            if (some_summary) {
+              const int row = first + 16 * i + 8 * h + g;
+              if (row >= p.patches && row < queries)
+                strip.limit[i][h] = p.frame_visible(at.frame, row - p.patches) ? p.limit(at.frame, row) : 0;
+              else if (continues)
+                strip.start(i, h, keys);
+            }
           }
-          const Word2 statistics{{as_word(strip.maximum[i][h]), as_word(sum)}};
-          store_global(p.statistics + to * 2, statistics, mine && j == 0);
+        }
+        warp_sync();  // all lanes have their fragments: the buffer is free
+        fetch_queries(first + stride);
+      }
+
+      const int common = some_summary ? p.patches : keys;  // every row of the strip sees these first keys
+      uint32_t k = tables + slot * stage_bytes + Rows<D>::at(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+      uint32_t v = tables + slot * stage_bytes + p.piece * Rows<D>::bytes + Rows<D>::at(lane % 16, lane / 16);
+      int key = key_0;
+      auto by = [&](int count) { key += count, k += count * Rows<D>::bytes, v += count * Rows<D>::bytes; };
+#pragma unroll 1
+      for (; key + chunk <= least(common, key_end); by(chunk)) {
+        if (key > key_0 && !fetched) fetch_next();
+        strip.template step<chunk, false>(key, k, v, p);
+      }
+      if (key + chunk <= key_end && key + chunk - 16 <= common) strip.template step<chunk, true>(key, k, v, p), by(chunk);
+#pragma unroll 1
+      for (; key < key_end; by(16)) strip.template step<16, true>(key, k, v, p);
+      if (!last_piece) break;
+
+      const bool ends = !p.carry || at.left == 1 || at.frame + 1 == p.frames;  // of the segment
+      const int token_0 = at.batch * p.sequence();
+      const int64_t partial = ((int64_t(at.batch) * p.heads + head) * p.frames + segment) * p.summary();
+#pragma unroll
+      for (int i = 0; i < tiles; ++i) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int row = first + 16 * i + 8 * h + g;
+          float sum = strip.sum[i][h];
+          sum += shuffle_xor(sum, 1);
+          sum += shuffle_xor(sum, 2);
+          if (some_patches) {
+            const int token = p.summary() + at.frame * p.patches + row;
+            T* out = static_cast<T*>(p.out) + head * D + (j / 2 * 4 + j % 2 * 8) + int64_t(token_0 + token) * (p.heads * D);
+            const float over = reciprocal(sum);
+#pragma unroll
+            for (int d = 0; d < D / 16; ++d) {  // two lanes trade: 4 columns a lane, a full 32-byte sector in 4 lanes
+              const float *l = strip.acc[i][2 * d] + 2 * h, *r = strip.acc[i][2 * d + 1] + 2 * h;
+              const uint32_t left = pack<T>(l[0] * over, l[1] * over), right = pack<T>(r[0] * over, r[1] * over);
+              const uint32_t other = shuffle_xor(j % 2 ? left : right, 1);
+              store_global(out + 16 * d, Word2{{j % 2 ? other : left, j % 2 ? right : other}}, row < p.patches);
+            }
+            float* lse = p.lse + (int64_t(at.batch * p.heads + head) * p.sequence() + token);
+            store_global(lse, as_word(strip.maximum[i][h] * p.scale_log2 + log2_fast(sum)), row < p.patches && j == 0);
+          }
+          if (some_summary && ends) {
+            const bool mine = row >= p.patches && row < queries, seen = strip.maximum[i][h] > minus_infinity;
+            const int64_t to = partial + row - p.patches;
+#pragma unroll
+            for (int n = 0; n < D / 8; ++n) {
+              const float* two = strip.acc[i][n] + 2 * h;
+              store_global(p.sums + to * D + 8 * n + 2 * j, Word2{{as_word(two[0]), as_word(two[1])}}, mine && seen);
+            }
+            const Word2 statistics{{as_word(strip.maximum[i][h]), as_word(sum)}};
+            store_global(p.statistics + to * 2, statistics, mine && j == 0);
+          }
         }
       }
+      if (p.pieces > 1) break;
+      first += stride;
     }
-    cp_async_wait<0>();
-    warp_sync();
+    if (!fetched) fetch_next();
+    mbarrier_arrive(empty + 8 * slot);
+
+    if (last_piece && p.pieces > 1) first += stride;
+    piece = last_piece ? 0 : piece + 1;
+    if (piece == 0 && (p.pieces == 1 || first >= p.wrap)) {
+      first -= p.wrap;
+      at.advance(p);
+      if (!p.carry || at.frame == 0) segment = at.frame;
+    }
   }
 }
 
-// A warp owns one summary row of one (batch, head); a lane holds 4 of its columns.
+// A warp owns one summary row of one (batch, head): lane l weighs frame l, and holds columns 4l to 4l + 3.
 template <class T, int D> VIDLA_KERNEL(128, 1) hierarchical_fwd_combine(Problem p) {
-  const int lane = thread_index() % 32, row = block_index() * 4 + thread_index() / 32;
+  const int lane = thread_index() % 32, row = block_index() * 4 + warp_index();
   const int token = row % p.summary(), head = row / p.summary() % p.heads, batch = row / p.summary() / p.heads;
   if (batch >= p.batch) return;  // a whole warp leaves
-  const int out_token = p.heads * D;
   const bool active = lane < D / 4;
-  const int64_t partial = (int64_t(batch) * p.heads + head) * p.frames;
-  const int64_t at = int64_t(batch) * p.sequence() + token;
+  const int64_t partial = (int64_t(batch) * p.heads + head) * p.frames * p.summary() + token;
+  auto statistics = [&](int frame) {
+    const bool there = frame < p.frames && (frame == 0 || p.starts_part(batch * p.frames + frame));
+    const Word2 s = load_global<Word2>(p.statistics + (partial + int64_t(frame) * p.summary()) * 2, there);
+    return there ? s : Word2{{as_word(minus_infinity), 0}};
+  };
 
-  float own = minus_infinity, v[4] = {};  // CLS's score for itself, and its value
+  float top = minus_infinity, own[4] = {};  // CLS's score for itself, and its value
   if (token == 0) {
     const T* cls = static_cast<const T*>(p.qkv) + batch * p.qkv_batch + head * p.qkv_head + 4 * lane;
     const Word2 q = load_global<Word2>(cls, active), k = load_global<Word2>(cls + p.qkv_third, active);
-    const Word2 w = load_global<Word2>(cls + 2 * p.qkv_third, active);
-    own = 0;
+    const Word2 v = load_global<Word2>(cls + 2 * p.qkv_third, active);
+    top = 0;
     for (int e = 0; e < 4; ++e) {
-      own += unpack<T>(q.x[e / 2], e % 2) * unpack<T>(k.x[e / 2], e % 2);
-      v[e] = unpack<T>(w.x[e / 2], e % 2);
+      top += unpack<T>(q.x[e / 2], e % 2) * unpack<T>(k.x[e / 2], e % 2);
+      own[e] = unpack<T>(v.x[e / 2], e % 2);
     }
-    for (int mask = 16; mask; mask /= 2) own += shuffle_xor(own, mask);
+    for (int mask = 16; mask; mask /= 2) top += shuffle_xor(top, mask);
   }
-  float top = own;
-  for (int t = 0; t < p.frames; ++t) {
-    if (!p.frame_visible(t, token)) continue;
-    const Word2 s = load_global<Word2>(p.statistics + ((partial + t) * p.summary() + token) * 2, true);
-    top = fmaxf(top, as_float(s.x[0]));
-  }
-  float sum = exp2_fast((own - top) * p.scale_log2), acc[4];
-  for (int e = 0; e < 4; ++e) acc[e] = sum * v[e];
-  for (int t = 0; t < p.frames; ++t) {
-    if (!p.frame_visible(t, token)) continue;
-    const int64_t from = (partial + t) * p.summary() + token;
-    const Word2 s = load_global<Word2>(p.statistics + from * 2, true);
-    const Word4 a = load_global<Word4>(p.sums + from * D + 4 * lane, active);
+  const float self = top;
+  for (int first = 0; first < p.frames; first += 32) top = fmaxf(top, as_float(statistics(first + lane).x[0]));
+  for (int mask = 16; mask; mask /= 2) top = fmaxf(top, shuffle_xor(top, mask));
+
+  const float weight_self = exp2_fast((self - top) * p.scale_log2);
+  float sum = 0, acc[4];
+  for (int e = 0; e < 4; ++e) acc[e] = weight_self * own[e];
+  for (int first = 0; first < p.frames; first += 32) {
+    const Word2 s = statistics(first + lane);
     const float weight = exp2_fast((as_float(s.x[0]) - top) * p.scale_log2);
     sum += weight * as_float(s.x[1]);
-    for (int e = 0; e < 4; ++e) acc[e] += weight * as_float(a.x[e]);
+    const int count = least(32, p.frames - first);
+#pragma unroll 4
+    for (int i = 0; i < count; ++i) {
+      const float w = shuffle(weight, i);
+      const float* from = p.sums + (partial + int64_t(first + i) * p.summary()) * D + 4 * lane;
+      const Word4 a = load_global<Word4>(from, active && w > 0);
+      for (int e = 0; e < 4; ++e) acc[e] += w * as_float(a.x[e]);
+    }
   }
-  const Word2 o = {{pack<T>(acc[0] / sum, acc[1] / sum), pack<T>(acc[2] / sum, acc[3] / sum)}};
-  store_global(static_cast<T*>(p.out) + at * out_token + head * D + 4 * lane, o, active);
+  for (int mask = 16; mask; mask /= 2) sum += shuffle_xor(sum, mask);
+  sum += weight_self;
+  const float over = reciprocal(sum);
+  const Word2 o = {{pack<T>(acc[0] * over, acc[1] * over), pack<T>(acc[2] * over, acc[3] * over)}};
+  const int64_t at = int64_t(batch) * p.sequence() + token;
+  store_global(static_cast<T*>(p.out) + (at * p.heads + head) * D + 4 * lane, o, active);
   float* lse = p.lse + (int64_t(batch) * p.heads + head) * p.sequence() + token;
-  store_global(lse, as_word(top * p.scale_log2 + log2f(sum)), lane == 0);
+  store_global(lse, as_word(top * p.scale_log2 + log2_fast(sum)), lane == 0);
 }
 
 // ---- host ----------------------------------------------------------------------------------------------------------
@@ -269,42 +397,63 @@ inline int64_t forward_workspace(const Call& c) {  // bytes of Problem's sums an
 }
 
 // With dry: only says whether this configuration can take the call.
-template <class T, int D, int warps, int tiles, int chunk, int blocks_per_sm>
-int run(const Problem& p, void* stream, bool dry) {
-  const int shared = shared_bytes<D>(p, warps, tiles);
-  if (shared > shared_memory_limit()) return no_room;
+template <class T, int D, int tiles, int chunk, int most_warps, int blocks_per_sm>
+int run(Problem p, void* stream, bool dry) {
+  const int rows = 16 * tiles, strips = (p.queries() + rows - 1) / rows, turns = (strips + most_warps - 1) / most_warps;
+  for (p.pieces = 1;; ++p.pieces) {
+    // As few warps as make the same number of turns; but where a step has all of a frame, they go on to the next one.
+    p.warps = p.pieces > 1 || turns == 1 ? (strips + turns - 1) / turns : most_warps;
+    p.wrap = (p.pieces > 1 ? p.warps * turns : strips) * rows;
+    p.piece = ((p.padded_keys() + p.pieces - 1) / p.pieces + 15) / 16 * 16;
+    p.shared = (4 * p.piece + rows * p.warps) * Rows<D>::bytes + 32;
+    if (p.shared <= shared_memory_limit() / blocks_per_sm - 1024 * (blocks_per_sm > 1)) break;
+    if (p.piece == 16) return no_room;
+  }
+  p.carry = p.warps == strips;
   if (dry) return 0;
-  const int status = launch<hierarchical_fwd_frames<T, D, warps, tiles, chunk, blocks_per_sm>>(
-      "fwd_frames", p.batch * p.heads * p.frames, 32 * warps, shared, stream, p);
+  const int frames = p.batch * p.frames, slots = multiprocessors() * blocks_per_sm;
+  p.teams = least(frames, slots > p.heads ? slots / p.heads : 1);
+  p.run = frames / p.teams, p.longer = frames % p.teams;
+  const int status = launch<hierarchical_fwd_frames<T, D, tiles, chunk, most_warps, blocks_per_sm>>(
+      "fwd_frames", p.teams * p.heads, 32 * p.warps, p.shared, stream, p);
   if (status) return status;
-  const int rows = p.batch * p.heads * p.summary();
-  return launch<hierarchical_fwd_combine<T, D>>("fwd_combine", (rows + 3) / 4, 128, 0, stream, p);
+  const int summary_rows = p.batch * p.heads * p.summary();
+  return launch<hierarchical_fwd_combine<T, D>>("fwd_combine", (summary_rows + 3) / 4, 128, 0, stream, p);
 }
 
-// Configurations: warps, tiles, chunk, blocks an SM.
+// The configurations, in one list: what the template parameters are, where they serve, and why.
+// V(variant, D, tiles, chunk, most_warps, blocks_per_sm)
+#define VIDLA_FORWARD_VARIANTS(V)                                                                              \
+  V(0, 64, 1, 64, 16, 1) /* a frame's strips all at once, the next frame's tables on their way */              \
+  V(1, 64, 1, 64, 4, 4)  /* up to 64 queries: four small blocks wait for each other less than one big one */   \
+  V(2, 64, 2, 32, 8, 1)  /* half the bytes from shared memory, half the warps */                               \
+  V(3, 64, 1, 48, 16, 1)                                                                                       \
+  V(0, 32, 1, 64, 16, 1)                                                                                       \
+  V(1, 32, 1, 64, 4, 4)                                                                                        \
+  V(0, 80, 1, 64, 8, 1)                                                                                        \
+  V(0, 96, 1, 64, 8, 1)                                                                                        \
+  V(0, 128, 1, 64, 8, 1)
+
 template <class T> int dispatch(const Problem& p, int dim, int variant, void* stream, bool dry) {
-  if (dim == 64) {
-    if (variant == 0) return run<T, 64, 4, 1, 64, 3>(p, stream, dry);
-    if (variant == 1) return run<T, 64, 4, 2, 32, 2>(p, stream, dry);
-    if (variant == 2) return run<T, 64, 7, 1, 32, 2>(p, stream, dry);
-    if (variant == 3) return run<T, 64, 4, 2, 16, 3>(p, stream, dry);
-    if (variant == 4) return run<T, 64, 4, 1, 208, 2>(p, stream, dry);
-    return unknown_variant;
-  }
-  if (variant) return unknown_variant;
-  if (dim == 32) return run<T, 32, 4, 1, 64, 4>(p, stream, dry);
-  if (dim == 80) return run<T, 80, 4, 1, 64, 2>(p, stream, dry);
-  if (dim == 96) return run<T, 96, 4, 1, 64, 2>(p, stream, dry);
-  if (dim == 128) return run<T, 128, 4, 1, 64, 2>(p, stream, dry);
-  return unsupported_dim;
+  bool served = false;
+#define VIDLA_RUN(n, D, ...)                                                  \
+  if (dim == D && variant == n) return run<T, D, __VA_ARGS__>(p, stream, dry); \
+  served |= dim == D;
+  VIDLA_FORWARD_VARIANTS(VIDLA_RUN)
+#undef VIDLA_RUN
+  return served ? unknown_variant : unsupported_dim;
 }
-inline int choose(const Call&) { return 0; }
+
+inline int choose(const Call& c) { return (c.head_dim == 64 || c.head_dim == 32) && c.patches + c.summary <= 64; }
 
 inline int forward(const Call& c, void* stream, bool dry) {
   if (const int status = wrong_sizes(c)) return status;
   if (!(c.scale > 0)) return bad_layout;  // the maximum is taken before the scale
   float* sums = static_cast<float*>(c.workspace);
-  Problem p{layout_of(c), c.qkv, c.out, c.lse, sums, nullptr, c.scale * log2_e};
+  Problem p{layout_of(c), c.qkv, c.out, c.lse, sums};
+  p.token_bytes = int(2 * c.qkv_token);
+  p.scale_log2 = c.scale > 1e-30f ? c.scale * log2_e : 1e-30f;  // of 0 the kernel would make 0 * inf
+  p.slack = 8 / p.scale_log2;
   if (!dry) {
     if (const int status = wrong_pointers(c, forward_workspace(c))) return status;
     p.statistics = sums + int64_t(c.batch) * c.heads * c.frames * c.summary * c.head_dim;
@@ -327,9 +476,10 @@ VIDLA_EXPORT int64_t vidla_hierarchical_forward_workspace(const vidla::Call* c) 
 // The variant that -1 stands for, and all there are for a head dimension, in words (null past the last).
 VIDLA_EXPORT int vidla_hierarchical_forward_choice(const vidla::Call* c) { return vidla::choose(*c); }
 VIDLA_EXPORT const char* vidla_hierarchical_forward_variant(int head_dim, int variant) {
-  static const char* d64[] = {"4 warps, 1 tile, 64 keys, 3 blocks", "4 warps, 2 tiles, 32 keys, 2 blocks",
-                              "7 warps, 1 tile, 32 keys, 2 blocks", "4 warps, 2 tiles, 16 keys, 3 blocks",
-                              "4 warps, 1 tile, 208 keys, 2 blocks"};
-  if (head_dim == 64) return variant >= 0 && variant < 5 ? d64[variant] : nullptr;
-  return variant == 0 ? "4 warps, 1 tile, 64 keys" : nullptr;
+#define VIDLA_NAME(n, D, tiles, chunk, warps, blocks)                                                      \
+  if (head_dim == D && variant == n)                                                                               \
+    return #tiles " tiles a strip, " #chunk " keys a chunk, " #warps " warps, " #blocks " blocks";
+  VIDLA_FORWARD_VARIANTS(VIDLA_NAME)
+#undef VIDLA_NAME
+  return nullptr;
 }

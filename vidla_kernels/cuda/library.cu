@@ -1,18 +1,25 @@
-// What the library says of itself: its errors in words, and the layout of Call, which the Python side mirrors.
+// What the library says of itself: what it was built from, whether it can work here, its errors in words.
 #include "hierarchical.cuh"
 
-VIDLA_EXPORT int vidla_call_bytes() { return sizeof(vidla::Call); }
+#ifndef VIDLA_SOURCES
+#define VIDLA_SOURCES ""
+#endif
 
-// A launcher's return value in words; null for 0.
+// The hash of the sources (CMakeLists.txt), or nothing.
+VIDLA_EXPORT const char* vidla_sources() { return VIDLA_SOURCES; }
+
+// Of the current device: 0, or the cudaError_t that keeps it from being asked anything (an old driver, for one).
+VIDLA_EXPORT int vidla_device_status() { return vidla::device_status(); }
+
+// A launcher's return value in words.
 VIDLA_EXPORT const char* vidla_error_text(int status) {
   switch (status) {
-    case 0: return nullptr;
-    case vidla::bad_layout: return "a size that is not positive, 2**30 (batch, head, frame) or more, or a scale the kernel does not take";
+    case vidla::bad_layout: return "a size that is not positive, 2**30 frames in all, or a scale the kernel does not take";
     case vidla::unsupported_dim: return "there is no kernel for this head dimension";
-    case vidla::unsupported_type: return "there is no kernel for this type";
+    case vidla::unsupported_type: return "there is no kernel for this dtype";
     case vidla::small_workspace: return "the workspace is too small";
     case vidla::unknown_variant: return "there is no such variant for this head dimension";
-    case vidla::misaligned: return "a pointer is not a multiple of 16 bytes, or a stride no multiple of 8 elements";
+    case vidla::misaligned: return "a pointer is no multiple of 16 bytes, or a stride no multiple of 8 elements";
     case vidla::no_room: return "a frame's tables do not fit into this GPU's shared memory";
   }
   return status < 0 ? "an unknown status" : vidla::error_name(status);
