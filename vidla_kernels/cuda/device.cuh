@@ -105,6 +105,15 @@ VIDLA_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t row) {
 VIDLA_DEVICE void store_shared(uint32_t shared, uint32_t word) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared), "r"(word) : "memory");
 }
+// warp: 8 bytes for each active lane, aligned to 8.
+VIDLA_DEVICE void store_shared(uint32_t shared, Word2 w, bool active) {
+  if (active) asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(shared), "r"(w.x[0]), "r"(w.x[1]) : "memory");
+}
+VIDLA_DEVICE Word2 load_shared(uint32_t shared, bool active) {
+  Word2 w{};
+  if (active) asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(w.x[0]), "=r"(w.x[1]) : "r"(shared) : "memory");
+  return w;
+}
 
 // warp: c (16x8, fp32) += a (16x16, row major) * b (16x8, column major).
 template <class T> VIDLA_DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
@@ -119,6 +128,26 @@ template <> VIDLA_DEVICE void mma_m16n8k16<fp16>(float (&c)[4], const uint32_t (
       "%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// warp: c = add + a * b; add may be c.
+template <class T>
+VIDLA_DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&add)[4]);
+template <>
+VIDLA_DEVICE void mma_m16n8k16<bf16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                     const float (&add)[4]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, "
+      "%11, %12, %13};"
+      : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(add[0]), "f"(add[1]), "f"(add[2]), "f"(add[3]));
+}
+template <>
+VIDLA_DEVICE void mma_m16n8k16<fp16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                     const float (&add)[4]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, "
+      "%11, %12, %13};"
+      : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(add[0]), "f"(add[1]), "f"(add[2]), "f"(add[3]));
 }
 
 // warp

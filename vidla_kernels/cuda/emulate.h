@@ -87,7 +87,7 @@ template <> inline float widen<fp16>(uint16_t x) {
 struct Counters {
   int64_t blocks = 0, mma = 0, exp2 = 0, shuffles = 0, barriers = 0, warp_syncs = 0;
   int64_t ldmatrix = 0, cp_async = 0, store_shared = 0;                              // warp instructions
-  int64_t ldmatrix_conflicts = 0, cp_async_conflicts = 0, store_conflicts = 0;       // extra passes over the banks
+  int64_t ldmatrix_conflicts = 0, cp_async_conflicts = 0, store_conflicts = 0;       // extra passes (store: load_shared's too)
   int64_t shared_read = 0, shared_written = 0, global_read = 0, global_written = 0;  // bytes
   int64_t sectors_read = 0, sectors_written = 0;                                     // of 32 bytes, by warp instruction
   void add(const Counters& o) {
@@ -124,10 +124,14 @@ inline void error(const char* kind, const std::string& detail) {
 }
 
 // ---- a block in flight ---------------------------------------------------------------------------------------------
-enum class Op { mma, ldmatrix, ldmatrix_trans, cp_async, store_shared, shuffle, vote, arrive, wait, load, store, warp_sync, block_sync };
+enum class Op {
+  mma, ldmatrix, ldmatrix_trans, cp_async, store_shared, load_shared, shuffle, vote, arrive, wait, load, store, warp_sync,
+  block_sync
+};
 inline const char* name(Op op) {
-  static const char* names[] = {"mma",     "ldmatrix",    "ldmatrix.trans", "cp.async",  "store_shared",
-                                "shuffle", "vote", "mbarrier_arrive", "mbarrier_wait", "load_global", "store_global",   "warp_sync", "block_sync"};
+  static const char* names[] = {"mma",     "ldmatrix", "ldmatrix.trans",  "cp.async",      "store_shared", "load_shared",
+                                "shuffle", "vote",     "mbarrier_arrive", "mbarrier_wait", "load_global",  "store_global",
+                                "warp_sync", "block_sync"};
   return names[int(op)];
 }
 
@@ -347,6 +351,16 @@ inline int word_conflicts(const Warp& w) {
     passes[a / 4 % 32] += !repeated;
   }
   return *std::max_element(passes, passes + 32) - 1;
+}
+// And for 8 bytes of each active lane, which go 16 lanes at a time; the lanes' addresses differ.
+inline int pair_conflicts(const Warp& w) {
+  int worst[2] = {1, 1};
+  for (int half = 0; half < 2; ++half) {
+    int passes[16] = {};
+    for (int l = 16 * half; l < 16 * half + 16; ++l)
+      if (w.lanes[l].active) worst[half] = std::max(worst[half], ++passes[w.lanes[l].address / 8 % 16]);
+  }
+  return worst[0] + worst[1] - 2;
 }
 
 // ---- global memory -------------------------------------------------------------------------------------------------
@@ -629,6 +643,38 @@ inline void store_shared(uint32_t shared, uint32_t word) {
     n.store_conflicts += word_conflicts(w);
   });
 }
+inline void store_shared(uint32_t shared, Word2 word, bool active) {
+  using namespace emulate;
+  Lane& me = *worker->lane;
+  me.address = shared, me.active = active;
+  if (active && shared_in_range(shared, 8, "store_shared")) {
+    note_write(me, shared, 8, false, "store_shared");
+    memcpy(&worker->shared[shared], &word, 8);
+  }
+  rendezvous(Op::store_shared, [](Warp& w) {
+    Counters& n = worker->count;
+    ++n.store_shared;
+    n.store_conflicts += pair_conflicts(w);
+    for (const Lane& l : w.lanes) n.shared_written += l.active ? 8 : 0;
+  });
+}
+inline Word2 load_shared(uint32_t shared, bool active) {
+  using namespace emulate;
+  Lane& me = *worker->lane;
+  me.address = shared, me.active = active;
+  Word2 word{};
+  if (active) memset(&word, 0xff, 8);
+  if (active && shared_in_range(shared, 8, "load_shared")) {
+    note_read(*me.warp, uint16_t(me.thread), shared, 8, "load_shared");
+    memcpy(&word, &worker->shared[shared], 8);
+  }
+  rendezvous(Op::load_shared, [](Warp& w) {
+    Counters& n = worker->count;
+    n.store_conflicts += pair_conflicts(w);
+    for (const Lane& l : w.lanes) n.shared_read += l.active ? 8 : 0;
+  });
+  return word;
+}
 
 template <class T> inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   using namespace emulate;
@@ -654,6 +700,13 @@ template <class T> inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4
       for (int i = 0; i < 4; ++i) w.lanes[l].c[i] = C[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
   });
   memcpy(c, me.c, sizeof c);
+}
+
+template <class T>
+inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&add)[4]) {
+  float sum[4] = {add[0], add[1], add[2], add[3]};
+  mma_m16n8k16<T>(sum, a, b0, b1);
+  memcpy(c, sum, sizeof sum);
 }
 
 inline uint32_t shuffle_xor(uint32_t x, int mask) {
