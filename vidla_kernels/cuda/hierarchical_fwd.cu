@@ -168,8 +168,8 @@ template <class T, int D, int tiles> struct Strip {
   }
 };
 
-template <class T, int D, int tiles, int chunk, int most_warps, int blocks_per_sm>
-VIDLA_KERNEL(32 * most_warps + 32, blocks_per_sm) hierarchical_fwd_frames(Problem p) {
+template <class T, int D, int tiles, int chunk, int most_warps, int copiers, int blocks_per_sm>
+VIDLA_KERNEL(32 * (most_warps + copiers), blocks_per_sm) hierarchical_fwd_frames(Problem p) {
   constexpr int rows = 16 * tiles, units = D / 8, lanes = units > 8 ? 16 : units;  // copies: so many lanes a row
   const unsigned lane = thread_index() & 31, g = lane / 4, j = lane % 4, unit = lane % lanes;
   const int warp = warp_index(), head = block_index() % p.heads, team = block_index() / p.heads;
@@ -200,7 +200,7 @@ VIDLA_KERNEL(32 * most_warps + 32, blocks_per_sm) hierarchical_fwd_frames(Proble
   };
 
   if (thread_index() < p.stages) {
-    mbarrier_init(full + 8 * thread_index(), 32);
+    mbarrier_init(full + 8 * thread_index(), 32 * copiers);
     mbarrier_init(empty + 8 * thread_index(), p.warps);
   }
   block_sync();
@@ -215,21 +215,32 @@ VIDLA_KERNEL(32 * most_warps + 32, blocks_per_sm) hierarchical_fwd_frames(Proble
     at.advance(p);
   };
 
-  if (warp == p.warps) {  // the copying warp
+  if (warp >= p.warps) {  // the copying warps
+    constexpr int by = copiers * 32 / lanes;  // rows at a time
+    const int lane_row = (warp - p.warps) * (32 / lanes) + lane / lanes;
     first = 0;
     for (int n = 0; at.left > 0; ++n) {
       if (n >= p.stages) mbarrier_wait(empty + 8 * slot, phase ^ 1);
-      const char* from = qkv + 2 * (at.batch * p.qkv_batch + p.qkv_third);
+      const char* k_from = qkv + 2 * (at.batch * p.qkv_batch + p.qkv_third);
+      const char* v_from = k_from + 2 * p.qkv_third;
       const uint32_t k_to = tables + slot * stage_bytes, v_to = k_to + p.piece * Rows<D>::bytes;
-      const int key_0 = piece * p.piece, count = least(p.piece, padded - key_0), patch_0 = p.summary() + at.frame * p.patches;
+      const int key_0 = piece * p.piece, count = least(p.piece, padded - key_0);
+      const int patches = key_0 < p.patches ? least(count, p.patches - key_0) : 0;
+      int64_t from = int64_t(p.summary() + at.frame * p.patches + key_0 + lane_row) * p.token_bytes;
 #pragma unroll 2
-      for (unsigned row = lane / lanes; row < count; row += 32 / lanes) {
-        const int key = key_0 + row;  // padding is zero, because 0 * NaN would spoil PV
-        int token = key + (key < p.patches ? patch_0 : 1 - p.patches);
-        if (key >= p.patches + p.mst()) token = 0;
-        const char* k = from + int64_t(token) * p.token_bytes;
-        cp_async_16(k_to + Rows<D>::at(row, unit), k, key < keys, unit < units);
-        cp_async_16(v_to + Rows<D>::at(row, unit), k + 2 * p.qkv_third, key < keys, unit < units);
+      for (int row_0 = 0; row_0 < patches; row_0 += by, from += by * p.token_bytes) {
+        const uint32_t to = by % 8 ? Rows<D>::at(row_0 + lane_row, unit) : Rows<D>::at(lane_row, unit) + row_0 * Rows<D>::bytes;
+        const bool active = row_0 + lane_row < patches && unit < units;
+        cp_async_16(k_to + to, k_from + from, true, active);
+        cp_async_16(v_to + to, v_from + from, true, active);
+      }
+#pragma unroll 1
+      for (int row_0 = patches; row_0 < count; row_0 += by) {
+        const int row = row_0 + lane_row, key = key_0 + row;  // padding is zero, because 0 * NaN would spoil PV
+        from = int64_t(key < p.patches + p.mst() ? key - p.patches + 1 : 0) * p.token_bytes;
+        const bool active = row < count && unit < units;
+        cp_async_16(k_to + Rows<D>::at(row, unit), k_from + from, key < keys, active);
+        cp_async_16(v_to + Rows<D>::at(row, unit), v_from + from, key < keys, active);
       }
       mbarrier_arrive_with_copies(full + 8 * slot);
       next_step();
@@ -395,7 +406,7 @@ inline int64_t forward_workspace(const Call& c) {  // bytes of Problem's sums an
 }
 
 // With dry: only says whether this configuration can take the call.
-template <class T, int D, int tiles, int chunk, int most_warps, int blocks_per_sm>
+template <class T, int D, int tiles, int chunk, int most_warps, int copiers, int blocks_per_sm>
 int run(Problem p, void* stream, bool dry) {
   const int rows = 16 * tiles, strips = (p.queries() + rows - 1) / rows, turns = (strips + most_warps - 1) / most_warps;
   const int room = blocks_per_sm > 1 ? (shared_memory_limit() + 1024) / blocks_per_sm - 1024 : shared_memory_limit();
@@ -414,24 +425,24 @@ int run(Problem p, void* stream, bool dry) {
   const int frames = p.batch * p.frames, slots = multiprocessors() * blocks_per_sm;
   p.teams = least(frames, slots > p.heads ? slots / p.heads : 1);
   p.run = frames / p.teams, p.longer = frames % p.teams;
-  const int status = launch<hierarchical_fwd_frames<T, D, tiles, chunk, most_warps, blocks_per_sm>>(
-      "fwd_frames", p.teams * p.heads, 32 * p.warps + 32, p.shared, stream, p);
+  const int status = launch<hierarchical_fwd_frames<T, D, tiles, chunk, most_warps, copiers, blocks_per_sm>>(
+      "fwd_frames", p.teams * p.heads, 32 * (p.warps + copiers), p.shared, stream, p);
   if (status) return status;
   const int summary_rows = p.batch * p.heads * p.summary();
   return launch<hierarchical_fwd_combine<T, D>>("fwd_combine", (summary_rows + 3) / 4, 128, 0, stream, p);
 }
 
 // The configurations, in one list: what the template parameters are, where they serve, and why.
-// V(variant, D, tiles, chunk, most_warps, blocks_per_sm)
+// V(variant, D, tiles, chunk, most_warps, copiers, blocks_per_sm)
 #define VIDLA_FORWARD_VARIANTS(V)                                                                              \
-  V(0, 64, 1, 64, 15, 1)                                                                                       \
-  V(1, 64, 1, 32, 15, 1)                                                                                       \
-  V(2, 64, 2, 32, 7, 1)                                                                                        \
-  V(3, 64, 1, 64, 7, 2)                                                                                        \
-  V(0, 32, 1, 64, 15, 1)                                                                                       \
-  V(0, 80, 1, 64, 7, 1)                                                                                        \
-  V(0, 96, 1, 64, 7, 1)                                                                                        \
-  V(0, 128, 1, 64, 7, 1)
+  V(0, 64, 1, 64, 14, 2, 1)                                                                                    \
+  V(1, 64, 1, 48, 14, 2, 1)                                                                                    \
+  V(2, 64, 1, 64, 6, 2, 2)                                                                                     \
+  V(3, 64, 1, 32, 14, 2, 1)                                                                                    \
+  V(0, 32, 1, 64, 14, 2, 1)                                                                                    \
+  V(0, 80, 1, 64, 7, 1, 1)                                                                                     \
+  V(0, 96, 1, 64, 7, 1, 1)                                                                                     \
+  V(0, 128, 1, 64, 7, 1, 1)
 
 template <class T> int dispatch(const Problem& p, int dim, int variant, void* stream, bool dry) {
   bool served = false;
@@ -475,7 +486,7 @@ VIDLA_EXPORT int64_t vidla_hierarchical_forward_workspace(const vidla::Call* c) 
 // The variant that -1 stands for, and all there are for a head dimension, in words (null past the last).
 VIDLA_EXPORT int vidla_hierarchical_forward_choice(const vidla::Call* c) { return vidla::choose(*c); }
 VIDLA_EXPORT const char* vidla_hierarchical_forward_variant(int head_dim, int variant) {
-#define VIDLA_NAME(n, D, tiles, chunk, warps, blocks)                                                      \
+#define VIDLA_NAME(n, D, tiles, chunk, warps, copiers, blocks)                                                      \
   if (head_dim == D && variant == n)                                                                               \
     return #tiles " tiles a strip, " #chunk " keys a chunk, " #warps " warps, " #blocks " blocks";
   VIDLA_FORWARD_VARIANTS(VIDLA_NAME)
