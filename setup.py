@@ -1,13 +1,15 @@
 """The optional native build; all metadata is in pyproject.toml.
 
 Neither torch nor a GPU is needed to build: kernels sit behind `extern "C"` launchers and link only the static CUDA runtime,
-so one library serves every torch and Python. Without nvcc, or without CUDA sources, the wheel is pure Python.
+so one library serves every torch and Python. Where it cannot be built, the package is pure Python and keeps the reason in
+vidla_kernels/libvidla_cuda.txt, which is what `backend="cuda"` and `python -m vidla_kernels` then say.
 VIDLA_CUDA=0 skips the native build, CUDACXX names another nvcc.
 """
 
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -15,15 +17,14 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-SOURCES = sorted((ROOT / "vidla_kernels" / "cuda").glob("*.cu"))
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
 
 if os.environ.get("VIDLA_CUDA") == "0":
-    SKIPPED = "VIDLA_CUDA=0"
-elif not SOURCES:
-    SKIPPED = "vidla_kernels/cuda holds no .cu files"
+    SKIPPED = "VIDLA_CUDA=0 was set when it was installed"
 elif not NVCC:
-    SKIPPED = "nvcc was not found (put it on PATH or set CUDACXX)"
+    SKIPPED = "nvcc was not found when it was installed: put it on PATH or set CUDACXX"
+elif not shutil.which("cmake"):
+    SKIPPED = "cmake was not found when it was installed: pip install cmake"
 else:
     SKIPPED = ""
 
@@ -34,10 +35,32 @@ class CMakeBuild(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"  # it is no Python module: no interpreter in its name
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if SKIPPED:
+            self.extensions = []
+
+    def run(self) -> None:
+        super().run()
+        # An editable install keeps what it builds beside the sources, any other one in the tree that becomes the wheel.
+        library = (ROOT if self.inplace or self.editable_mode else Path(self.build_lib)) / "vidla_kernels" / "libvidla_cuda.so"
+        library.parent.mkdir(parents=True, exist_ok=True)
+        reason = library.with_suffix(".txt")
+        if SKIPPED:
+            print(f"vidla_kernels: native CUDA build skipped: {SKIPPED}")
+            reason.write_text(SKIPPED + "\n")
+            library.unlink(missing_ok=True)  # of an earlier install, from other sources
+        else:
+            reason.unlink(missing_ok=True)
+
     def build_extension(self, ext: Extension) -> None:
         build = Path(self.build_temp).resolve()
-        subprocess.check_call(["cmake", "-S", ROOT, "-B", build, f"-DCMAKE_CUDA_COMPILER={NVCC}"])
-        subprocess.check_call(["cmake", "--build", build, "--parallel"])
+        try:
+            subprocess.check_call(["cmake", "-S", ROOT, "-B", build, f"-DCMAKE_CUDA_COMPILER={NVCC}"])
+            subprocess.check_call(["cmake", "--build", build, "--parallel", str(os.cpu_count())])
+        except subprocess.CalledProcessError:
+            print("vidla_kernels: the CUDA kernels could not be built; VIDLA_CUDA=0 installs without them", file=sys.stderr)
+            raise
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(build / "libvidla_cuda.so", target)
@@ -50,10 +73,7 @@ class Wheel(bdist_wheel):
         return ("py3", "none", "any" if SKIPPED else super().get_tag()[2])
 
 
-if SKIPPED:
-    print(f"vidla_kernels: native CUDA build skipped: {SKIPPED}")
-
 setup(
-    ext_modules=[] if SKIPPED else [Extension("vidla_kernels.libvidla_cuda", [])],
+    ext_modules=[Extension("vidla_kernels.libvidla_cuda", [])],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
 )

@@ -13,6 +13,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated, so before any import of one
+    os.environ.setdefault("VIDLA_EMULATE_CUDA", "1")
 
 BASE_SEED = int(os.environ.get("VIDLA_TEST_SEED", random.SystemRandom().randrange(2**31)))
 

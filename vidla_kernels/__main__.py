@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from . import available_backends
+from . import available_backends, cuda_binding
 from .backends import NAMES, missing
 
 
@@ -31,6 +31,7 @@ def describe(device: torch.device) -> str:
 def main() -> None:
     packages = ("vidla", "torch", "triton", "xformers")
     print("  ".join(f"{name} {version(name)}" for name in packages), f" Python {sys.version.split()[0]}")
+    print(cuda_binding.not_built() or f"the CUDA kernels are built: {cuda_binding.LIBRARY}")
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] + [torch.device("cpu")]
     for device in devices:
         print(f"\n{describe(device)}: best first {', '.join(available_backends(device))}")

@@ -13,10 +13,11 @@ from typing import Literal
 
 import torch
 
-from . import tiles, tuned
+from . import cuda_binding, tiles, tuned
 from .layout import TokenLayout
 
-NAMES = ("cuda", "triton", "portable", "reference")  # fastest first on a GPU
+# Best first on a GPU. The CUDA kernels have never run on one: they come behind Triton's until a measurement says otherwise.
+NAMES = ("triton", "cuda", "portable", "reference")
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def _missing(name: str, device: torch.device) -> str | None:
     if name in ("portable", "reference"):
         return None
     if name == "cuda":
-        return "this version of vidla_kernels ships no CUDA kernels; the triton backend serves NVIDIA GPUs"
+        return cuda_binding.missing(device)
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; it comes with torch's CUDA wheels on Linux (pip install triton)"
     if device.type == "cpu":
@@ -64,7 +65,16 @@ def refuses(name: str, case: Case) -> str | None:
         return reason
     if name in ("portable", "reference"):
         return None
+    if name == "cuda":
+        if case.op == "tube":
+            return "there is no CUDA kernel for tube attention: the triton backend's moves only the bytes it must"
+        return _cuda_refuses(case.device, case.dtype, int(case.head_dim), *case.layout.to_ints())
     return tiles.unsupported(case.dtype, case.head_dim)  # every layout is served
+
+
+@torch.compiler.assume_constant_result  # a graph is compiled for one head dimension and layout
+def _cuda_refuses(device: torch.device, dtype: torch.dtype, head_dim: int, *layout: int) -> str | None:
+    return cuda_binding.refuses(device, dtype, head_dim, TokenLayout.from_ints(layout))
 
 
 def measured_fastest(case: Case, able: tuple[str, ...]) -> str | None:
@@ -84,7 +94,7 @@ def _measured_fastest(op: str, device: torch.device, dtype: torch.dtype, head_di
 def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
     """The backends that run on `device`, best first.
 
-    On a CPU the interpreted kernels come last: they are exact, and thousands of times slower than `portable`.
+    On a CPU the interpreted and emulated kernels come last: exact, and thousands of times slower than `portable`.
     """
     device = torch.device(device)
     names = [name for name in NAMES if missing(name, device) is None]

@@ -9,6 +9,7 @@ Everything else (masks, kernels, benchmark peers, tests) asks this file: dense c
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -104,6 +105,15 @@ class TokenLayout:
             "first_key_of_patches": first,
             "visible_pairs": pairs,
         }
+
+    def to_ints(self) -> list[int]:
+        """The six numbers that make a layout, as they cross the dispatcher; `from_ints` takes them back."""
+        fields = (self.frames, self.patches, self.levels, self.tokens_per_level, self.temporal_scale)
+        return [*fields, int(self.patches_see_cls)]
+
+    @classmethod
+    def from_ints(cls, ints: Sequence[int]) -> TokenLayout:
+        return cls(*ints[:5], patches_see_cls=bool(ints[5]))
 
     # The rule, for one query and key or for whole tensors of them.
 

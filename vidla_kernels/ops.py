@@ -8,10 +8,11 @@ torch.compile keeps whole and whose backward is an operator of its own.
 from __future__ import annotations
 
 from functools import cache
+from types import ModuleType
 
 import torch
 
-from . import portable, reference
+from . import cuda_binding, portable, reference
 from .backends import Case, choose
 from .layout import TokenLayout
 
@@ -42,7 +43,7 @@ def tube_attention(
         return reference.tube(qkv, layout, scale)
     if name == "portable":
         return portable.tube(qkv, layout, scale)
-    return torch.ops.vidla_kernels.tube_attention(qkv, _to_ints(layout), scale, name)
+    return torch.ops.vidla_kernels.tube_attention(qkv, layout.to_ints(), scale, name)
 
 
 def hierarchical_attention(
@@ -69,7 +70,7 @@ def hierarchical_attention(
         return reference.hierarchical(qkv, layout, scale)
     if name == "portable":
         return portable.hierarchical(qkv, layout, scale)
-    return torch.ops.vidla_kernels.hierarchical_attention(qkv, _to_ints(layout), scale, name)[0]
+    return torch.ops.vidla_kernels.hierarchical_attention(qkv, layout.to_ints(), scale, name)[0]
 
 
 def _prepare(op, qkv, layout, tokens, symbol, scale, backend):
@@ -93,20 +94,9 @@ def _autocast(x: torch.Tensor) -> torch.Tensor:
 # Registered operators. A layout crosses the dispatcher as its six numbers.
 
 
-def _to_ints(layout: TokenLayout) -> list[int]:
-    return [
-        layout.frames,
-        layout.patches,
-        layout.levels,
-        layout.tokens_per_level,
-        layout.temporal_scale,
-        int(layout.patches_see_cls),
-    ]
-
-
 @cache
 def _layout(*ints: int) -> TokenLayout:
-    return TokenLayout(*ints[:5], patches_see_cls=bool(ints[5]))
+    return TokenLayout.from_ints(ints)
 
 
 def _rows_contiguous(qkv: torch.Tensor) -> torch.Tensor:
@@ -134,15 +124,21 @@ def _tube_backward(grad_out, qkv, layout, scale, backend):
     return triton_tube.backward(grad_out.contiguous(), _rows_contiguous(qkv), _layout(*layout), scale)
 
 
+def _hierarchical_kernels(backend: str) -> ModuleType:
+    if backend == "cuda":
+        return cuda_binding
+    from . import triton_hierarchical
+
+    return triton_hierarchical
+
+
 @torch.library.custom_op(
     f"{NAMESPACE}::hierarchical_attention",
     mutates_args=(),
     schema="(Tensor qkv, int[] layout, float scale, str backend) -> (Tensor out, Tensor lse)",
 )
 def _hierarchical(qkv, layout, scale, backend):
-    from . import triton_hierarchical
-
-    return triton_hierarchical.forward(_rows_contiguous(qkv), _layout(*layout), scale)
+    return _hierarchical_kernels(backend).forward(_rows_contiguous(qkv), _layout(*layout), scale)
 
 
 @torch.library.custom_op(
@@ -151,9 +147,8 @@ def _hierarchical(qkv, layout, scale, backend):
     schema="(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, int[] layout, float scale, str backend) -> Tensor",
 )
 def _hierarchical_backward(grad_out, qkv, out, lse, layout, scale, backend):
-    from . import triton_hierarchical
-
-    return triton_hierarchical.backward(grad_out.contiguous(), _rows_contiguous(qkv), out, lse, _layout(*layout), scale)
+    kernels = _hierarchical_kernels(backend)
+    return kernels.backward(grad_out.contiguous(), _rows_contiguous(qkv), out, lse, _layout(*layout), scale)
 
 
 @_tube.register_fake

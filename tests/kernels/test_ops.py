@@ -6,47 +6,53 @@ import sys
 import pytest
 import torch
 
-from vidla_kernels import TokenLayout, available_backends, hierarchical_attention, tube_attention
-from vidla_kernels.ops import _to_ints
+from vidla_kernels import TokenLayout, available_backends, backends, hierarchical_attention, tube_attention
+from vidla_kernels.backends import missing, refuses
 
 from .cases import DTYPES, OPS, Case
 
 LAYOUT = TokenLayout(3, 5, 2, 2, 2)
-BACKENDS = ("triton", "portable", "reference")
+BACKENDS = ("triton", "cuda", "portable", "reference")
+CALLS = [(backend, op) for backend in BACKENDS for op in OPS if (backend, op) != ("cuda", "tube")]
 
 
 def draw(op, device, dtype=torch.float32, layout=LAYOUT):
     return Case(layout, batch=2, heads=2, head_dim=32, dtype=dtype).draw(op, device)
 
 
-@pytest.fixture
-def triton_here(device):
-    if "triton" not in available_backends(device):
-        from vidla_kernels.backends import missing
+def skip_if_missing(backend, device):
+    if reason := missing(backend, device):
+        pytest.skip(reason)
 
-        pytest.skip(missing("triton", device))
+
+def fast(backend):
+    """A dtype that the backend has: fp32 where it has that."""
+    return torch.bfloat16 if backend == "cuda" else torch.float32
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("op", OPS)
-def test_opcheck(op, dtype, device, seed, triton_here):
+@pytest.mark.parametrize(("backend", "op"), [call for call in CALLS if call[0] in ("triton", "cuda")])
+def test_opcheck(backend, op, dtype, device, seed):
+    if reason := refuses(backend, backends.Case(device, dtype, 32, LAYOUT, op)):
+        pytest.skip(reason)
     qkv, _ = draw(op, device, dtype)
     registered = getattr(torch.ops.vidla_kernels, f"{op}_attention").default
-    torch.library.opcheck(registered, (qkv.requires_grad_(), _to_ints(LAYOUT), 0.2, "triton"))
+    torch.library.opcheck(registered, (qkv.requires_grad_(), LAYOUT.to_ints(), 0.2, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compiles_without_a_graph_break(backend, device, seed, triton_here):
+def test_compiles_without_a_graph_break(backend, device, seed):
     """Compiled before anything has run: a new layout must hold nothing that only an eager call would fill in."""
+    skip_if_missing(backend, device)
     layout = TokenLayout(3, 5, 2, 2, 2)
 
     def step(qkv):
         out = hierarchical_attention(qkv, layout, backend=backend)
-        patches = tube_attention(qkv[:, layout.num_summary :], layout, backend=backend)
+        patches = tube_attention(qkv[:, layout.num_summary :], layout, backend="auto" if backend == "cuda" else backend)
         return out.sum() + patches.square().sum()
 
     torch._dynamo.reset()
-    qkv, _ = draw("hierarchical", device)
+    qkv, _ = draw("hierarchical", device, fast(backend))
     eager, compiled = qkv.clone().requires_grad_(), qkv.clone().requires_grad_()
     torch.compile(step, fullgraph=True, backend="aot_eager")(compiled).backward()
     step(eager).backward()
@@ -54,9 +60,9 @@ def test_compiles_without_a_graph_break(backend, device, seed, triton_here):
 
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("op", OPS)
-def test_autocast_computes_in_autocasts_dtype(op, backend, low, device, seed, triton_here):
+@pytest.mark.parametrize(("backend", "op"), CALLS)
+def test_autocast_computes_in_autocasts_dtype(backend, op, low, device, seed):
+    skip_if_missing(backend, device)
     qkv, grad = draw(op, device)
     leaf = qkv.clone().requires_grad_()
     with torch.autocast(device.type, low):
@@ -65,31 +71,33 @@ def test_autocast_computes_in_autocasts_dtype(op, backend, low, device, seed, tr
     assert torch.equal(out, OPS[op](qkv.to(low), LAYOUT, backend=backend))
     out.backward(grad.to(low))
     assert leaf.grad.dtype == torch.float32
-    if backend == "triton":  # the registered operator follows autocast by itself, and leaves float64 alone
+    if backend in ("triton", "cuda"):  # the registered operator follows autocast by itself, and leaves float64 alone
         with torch.autocast(device.type, low):
-            direct = getattr(torch.ops.vidla_kernels, f"{op}_attention")(qkv, _to_ints(LAYOUT), 32**-0.5, "triton")
+            direct = getattr(torch.ops.vidla_kernels, f"{op}_attention")(qkv, LAYOUT.to_ints(), 32**-0.5, backend)
         assert torch.equal(direct if op == "tube" else direct[0], out)
     else:
         with torch.autocast(device.type, low):
             assert OPS[op](qkv.double(), LAYOUT, backend=backend).dtype == torch.float64
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("op", OPS)
-def test_scale_is_a_factor_on_the_scores(op, backend, device, seed, triton_here):
-    qkv, _ = draw(op, device)
+@pytest.mark.parametrize(("backend", "op"), CALLS)
+def test_scale_is_a_factor_on_the_scores(backend, op, device, seed):
+    skip_if_missing(backend, device)
+    qkv, _ = draw(op, device, fast(backend))
     scaled = qkv.clone()
-    scaled[:, :, 0] *= 3
+    scaled[:, :, 0] *= 4  # exact in any dtype
     default = OPS[op](scaled, LAYOUT, backend=backend)
-    torch.testing.assert_close(OPS[op](qkv, LAYOUT, scale=3 * 32**-0.5, backend=backend), default)
+    torch.testing.assert_close(OPS[op](qkv, LAYOUT, scale=4 * 32**-0.5, backend=backend), default)
 
 
-def test_inner_stride_is_allowed(device, seed, triton_here):
+def test_inner_stride_is_allowed(device, seed):
     """A tensor whose head dimension is not contiguous is copied, not refused and not misread."""
-    qkv, _ = draw("hierarchical", device)
-    odd = qkv.transpose(-1, -2).contiguous().transpose(-1, -2)
-    assert odd.stride(-1) != 1
     for backend in BACKENDS:
+        if missing(backend, device):
+            continue
+        qkv, _ = draw("hierarchical", device, fast(backend))
+        odd = qkv.transpose(-1, -2).contiguous().transpose(-1, -2)
+        assert odd.stride(-1) != 1
         torch.testing.assert_close(
             hierarchical_attention(odd, LAYOUT, backend=backend), hierarchical_attention(qkv, LAYOUT, backend=backend)
         )
@@ -109,13 +117,14 @@ def test_refusals_say_what_is_wrong_and_what_is_legal(device):
         tube_attention(qkv, LAYOUT)
     with pytest.raises(ValueError, match="int64; expected float16"):
         hierarchical_attention(qkv.long(), LAYOUT)
-    with pytest.raises(ValueError, match="'auto' or one of 'cuda', 'triton', 'portable', 'reference'"):
+    with pytest.raises(ValueError, match="'auto' or one of 'triton', 'cuda', 'portable', 'reference'"):
         hierarchical_attention(qkv, LAYOUT, backend="fast")
-    with pytest.raises(RuntimeError, match=r"ships no CUDA kernels.*Available here"):
-        hierarchical_attention(qkv, LAYOUT, backend="cuda")
+    with pytest.raises(RuntimeError, match=r"'cuda' cannot run this: .*Available here: portable"):
+        tube_attention(qkv[:, 5:], LAYOUT, backend="cuda")
 
 
-def test_kernels_refuse_what_they_do_not_have(device, triton_here):
+def test_kernels_refuse_what_they_do_not_have(device):
+    skip_if_missing("triton", device)
     for head_dim, dtype, reason in (
         (72, torch.float32, "head dimension 72: the triton backend has 32"),
         (64, torch.float64, "float64: the triton backend has"),
@@ -129,7 +138,7 @@ def test_kernels_refuse_what_they_do_not_have(device, triton_here):
 def python(code: str, **env: str) -> str:
     import os
 
-    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "VIDLA_EMULATE_CUDA")}
     return subprocess.run([sys.executable, "-c", code], env=kept | env, capture_output=True, text=True, check=True).stdout
 
 
@@ -154,4 +163,5 @@ except RuntimeError as error:
     text = python(code)
     assert "('portable', 'reference')" in text
     assert "set TRITON_INTERPRET=1" in text
-    assert python("from vidla_kernels.__main__ import main; main()").count("TRITON_INTERPRET=1") == 1
+    said = python("from vidla_kernels.__main__ import main; main()")
+    assert said.count("TRITON_INTERPRET=1") == said.count("VIDLA_EMULATE_CUDA=1") == 1
