@@ -684,6 +684,18 @@ inline Word2 load_shared(uint32_t shared, bool active) {
   return word;
 }
 
+inline uint32_t load_shared(uint32_t shared) {
+  using namespace emulate;
+  Lane& me = *worker->lane;
+  uint32_t word = ~0u;
+  if (shared_in_range(shared, 4, "load_shared")) {
+    note_read(*me.warp, uint16_t(me.thread), shared, 4, "load_shared");
+    memcpy(&word, &worker->shared[shared], 4);
+  }
+  worker->count.shared_read += 4;
+  return word;
+}
+
 template <class T> inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   using namespace emulate;
   Lane& me = *worker->lane;

@@ -179,7 +179,7 @@ VIDLA_KERNEL(32 * (most_warps + copiers), blocks_per_sm) hierarchical_fwd_frames
   const uint32_t tables = shared_base(), stage_bytes = 2 * p.piece * Rows<D>::bytes;  // stages of K and V,
   const uint32_t q_at = tables + p.stages * stage_bytes + warp * rows * Rows<D>::bytes;  // each warp's query rows,
   const uint32_t full = tables + p.stages * stage_bytes + stride * Rows<D>::bytes;       // mbarriers of the stages
-  const uint32_t empty = full + 8 * p.stages;
+  const uint32_t empty = full + 8 * p.stages, limits = empty + 8 * p.stages;  // and a summary row's end, stride of frames
 
   Place at{p.run_start(team) / p.frames, p.run_start(team) % p.frames, p.run_start(team + 1) - p.run_start(team)};
   int first = warp * rows;  // the warp's next strip begins at this row of the frame at hand or, from wrap on, a later one
@@ -202,6 +202,11 @@ VIDLA_KERNEL(32 * (most_warps + copiers), blocks_per_sm) hierarchical_fwd_frames
   if (thread_index() < p.stages) {
     mbarrier_init(full + 8 * thread_index(), 32 * copiers);
     mbarrier_init(empty + 8 * thread_index(), p.warps);
+  }
+  for (int base = 32 * warp; base < p.summary(); base += 32 * (p.warps + copiers)) {
+    const int* row = p.rows + 3 * least(base + lane, p.summary() - 1);
+    store_shared(limits + 8 * (base + lane), load_constant(row + 1));
+    store_shared(limits + 8 * (base + lane) + 4, load_constant(row + 2));
   }
   block_sync();
 
@@ -276,10 +281,11 @@ VIDLA_KERNEL(32 * (most_warps + copiers), blocks_per_sm) hierarchical_fwd_frames
             if (!continues) strip.start(i, h, keys);
             if (some_summary) {
               const int row = first + 16 * i + 8 * h + g;
-              if (row >= p.patches && row < queries)
-                strip.limit[i][h] = p.frame_visible(at.frame, row - p.patches) ? p.limit(at.frame, row) : 0;
-              else if (continues)
-                strip.start(i, h, keys);
+              if (row >= p.patches && row < queries) {
+                const uint32_t entry = limits + 8 * (row - p.patches);
+                strip.limit[i][h] = at.frame == 0 ? p.patches + load_shared(entry) - 1
+                                    : at.frame % load_shared(entry + 4) ? 0 : p.patches;
+              } else if (continues) strip.start(i, h, keys);
             }
           }
         }
@@ -409,17 +415,18 @@ inline int64_t forward_workspace(const Call& c) {  // bytes of Problem's sums an
 template <class T, int D, int tiles, int chunk, int most_warps, int copiers, int blocks_per_sm>
 int run(Problem p, void* stream, bool dry) {
   const int rows = 16 * tiles, strips = (p.queries() + rows - 1) / rows, turns = (strips + most_warps - 1) / most_warps;
+  const int table = (p.summary() + 31) / 32 * 32 * 8;  // of limits, in whole warps
   const int room = blocks_per_sm > 1 ? (shared_memory_limit() + 1024) / blocks_per_sm - 1024 : shared_memory_limit();
   for (p.pieces = 1;; ++p.pieces) {
     // Where a step has all of a frame, warps that are done go on to the next one; else they go together.
     p.warps = p.pieces > 1 ? (strips + turns - 1) / turns : strips > most_warps ? most_warps : most_warps / strips * strips;
     p.wrap = (p.pieces > 1 ? p.warps * turns : strips) * rows;
     p.piece = ((p.padded_keys() + p.pieces - 1) / p.pieces + 15) / 16 * 16;
-    p.stages = least(4, (room - 128 - rows * p.warps * Rows<D>::bytes) / (2 * p.piece * Rows<D>::bytes));
+    p.stages = least(4, (room - 64 - table - rows * p.warps * Rows<D>::bytes) / (2 * p.piece * Rows<D>::bytes));
     if (p.stages > 1) break;
     if (p.piece == 16) return no_room;
   }
-  p.shared = (2 * p.stages * p.piece + rows * p.warps) * Rows<D>::bytes + 16 * p.stages;
+  p.shared = (2 * p.stages * p.piece + rows * p.warps) * Rows<D>::bytes + 16 * p.stages + table;
   p.carry = p.pieces == 1 || turns == 1 ? (p.warps % strips ? 0 : p.warps / strips) : 0;
   if (dry) return 0;
   const int frames = p.batch * p.frames, slots = multiprocessors() * blocks_per_sm;
@@ -435,10 +442,10 @@ int run(Problem p, void* stream, bool dry) {
 // The configurations, in one list: what the template parameters are, where they serve, and why.
 // V(variant, D, tiles, chunk, most_warps, copiers, blocks_per_sm)
 #define VIDLA_FORWARD_VARIANTS(V)                                                                              \
-  V(0, 64, 1, 64, 14, 2, 1)                                                                                    \
+  V(0, 64, 1, 64, 15, 1, 1)                                                                                    \
   V(1, 64, 1, 48, 14, 2, 1)                                                                                    \
-  V(2, 64, 1, 64, 6, 2, 2)                                                                                     \
-  V(3, 64, 1, 32, 14, 2, 1)                                                                                    \
+  V(2, 64, 1, 64, 7, 1, 2)                                                                                     \
+  V(3, 64, 1, 32, 15, 1, 1)                                                                                    \
   V(0, 32, 1, 64, 14, 2, 1)                                                                                    \
   V(0, 80, 1, 64, 7, 1, 1)                                                                                     \
   V(0, 96, 1, 64, 7, 1, 1)                                                                                     \
