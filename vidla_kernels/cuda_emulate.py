@@ -23,7 +23,7 @@ from functools import cache
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "cuda"
-FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wno-unknown-pragmas")
+FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wno-unknown-pragmas")
 FLAGS += ("-DVIDLA_EMULATE", "-U_FORTIFY_SOURCE")
 
 last_report: dict = {}  # of the last launcher called, by kernel and by buffer; see cuda/emulate.h

@@ -36,19 +36,22 @@ def sources_of(library: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def built() -> Path:
+def built(tmp_path_factory) -> Path:
     """The library for GPUs, built from the sources as they are."""
     if cuda_binding.LIBRARY.exists() and sources_of(cuda_binding.LIBRARY) == cuda_emulate.digest():
         return cuda_binding.LIBRARY
     for program in ("nvcc", "cmake"):
         if shutil.which(program) is None and not (program == "nvcc" and os.environ.get("CUDACXX")):
             pytest.skip(f"{program} was not found, and no library built from these sources is installed")
-    kept = cuda_emulate.cache_folder() / f"cuda-built-{cuda_emulate.digest()[:12]}"
-    if not (kept / "libvidla_cuda.so").exists():
-        for command in (["cmake", "-S", ROOT, "-B", kept], ["cmake", "--build", kept, "--parallel", "2"]):
+    kept = cuda_emulate.cache_folder() / f"cuda-built-{cuda_emulate.digest()[:12]}.so"
+    if not kept.exists():
+        folder = tmp_path_factory.mktemp("build")
+        for command in (["cmake", "-S", ROOT, "-B", folder], ["cmake", "--build", folder, "--parallel", "2"]):
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return kept / "libvidla_cuda.so"
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(folder / "libvidla_cuda.so", kept)
+    return kept
 
 
 def test_cmake_and_python_agree_on_what_the_sources_are(built):

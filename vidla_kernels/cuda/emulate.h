@@ -540,8 +540,14 @@ template <int newest> inline void cp_async_wait() {
   using namespace emulate;
   Lane& me = *worker->lane;
   auto waits = [&](const Async& a) { return a.group >= me.groups - newest; };
-  for (const Async& a : me.in_flight)
-    if (!waits(a)) land(a, *me.warp);
+  for (const Async& a : me.in_flight) {
+    if (waits(a)) continue;
+    land(a, *me.warp);
+    for (auto& [at, b] : worker->mbarriers)  // what is here already, no phase waits for
+      b.copies.erase(std::remove_if(b.copies.begin(), b.copies.end(),
+                                    [&](auto& c) { return c.first == &me && c.second.to == a.to; }),
+                     b.copies.end());
+  }
   me.in_flight.erase(std::remove_if(me.in_flight.begin(), me.in_flight.end(), [&](auto& a) { return !waits(a); }),
                      me.in_flight.end());
 }
@@ -558,7 +564,11 @@ inline void arrive(Mbarrier& b, int arrivals) {
   b.missing -= arrivals;
   if (b.missing < 0) abandon_block("mbarrier", place(*worker->lane) + " arrives at a phase that is over");
   if (b.missing) return;
-  for (auto& [lane, copy] : b.copies) land(copy, *lane->warp);
+  for (auto& [lane, copy] : b.copies) {
+    land(copy, *lane->warp);
+    auto& f = lane->in_flight;
+    f.erase(std::find_if(f.begin(), f.end(), [to = copy.to](auto& a) { return a.to == to; }));
+  }
   b.copies.clear();
   b.missing = b.count, ++b.phase, ++worker->epoch;
 }
@@ -575,10 +585,8 @@ inline void mbarrier_arrive_with_copies(uint32_t at) {
   using namespace emulate;
   rendezvous(Op::arrive, [at](Warp& w) {
     Mbarrier& b = *mbarrier(at);
-    for (Lane& l : w.lanes) {
-      for (const Async& a : l.in_flight) b.copies.push_back({&l, a});
-      l.in_flight.clear();
-    }
+    for (Lane& l : w.lanes)
+      for (const Async& a : l.in_flight) b.copies.push_back({&l, a});  // a wait_group may still be what brings them
     arrive(b, 32);
   });
 }

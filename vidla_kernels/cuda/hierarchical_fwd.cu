@@ -31,15 +31,16 @@ struct Problem : Layout {
   int warps, teams;   // in a block; of H blocks each
   int run, longer;    // see run_start
   int piece, pieces;  // keys in a stage, stages that hold a frame
-  int shared;         // bytes of a block
+  int stages, shared; // of K and V; bytes of a block
   int wrap;           // rows from a frame's first strip to the next frame's
-  int carry;          // 1: summary rows stay in registers from frame to frame
+  int carry;          // summary rows stay in registers: the warps have so many frames at a time; 0: they don't
 
   // The B*T frames are shared out in order: `longer` teams get run + 1 of them, the others run.
   VIDLA_HOST_DEVICE int run_start(int team) const { return team * run + least(team, longer); }
-  VIDLA_HOST_DEVICE bool starts_part(int frame) const {  // of the B*T, other than a clip's first: new partial results
-    const int split = longer * (run + 1);
-    return !carry || (frame < split ? frame % (run + 1) : (frame - split) % run) == 0;
+  // Whether partial results are stored at this frame: at every one, or at the first `carry` of a clip or a team's share.
+  VIDLA_HOST_DEVICE bool starts_part(int batch, int frame) const {
+    const int x = batch * frames + frame, split = longer * (run + 1);
+    return !carry || frame < carry || (x < split ? x % (run + 1) : (x - split) % run) < carry;
   }
 };
 
@@ -167,37 +168,23 @@ template <class T, int D, int tiles> struct Strip {
   }
 };
 
-template <class T, int D, int tiles, int chunk, int most_warps, int blocks_per_sm>
-VIDLA_KERNEL(32 * most_warps, blocks_per_sm) hierarchical_fwd_frames(Problem p) {
+template <class T, int D, int tiles, int chunk, int most_warps, int copiers, int blocks_per_sm>
+VIDLA_KERNEL(32 * (most_warps + copiers), blocks_per_sm) hierarchical_fwd_frames(Problem p) {
   constexpr int rows = 16 * tiles, units = D / 8, lanes = units > 8 ? 16 : units;  // copies: so many lanes a row
   const unsigned lane = thread_index() & 31, g = lane / 4, j = lane % 4, unit = lane % lanes;
   const int warp = warp_index(), head = block_index() % p.heads, team = block_index() / p.heads;
   const int queries = p.queries(), keys = p.keys(), padded = p.padded_keys(), stride = p.warps * rows;
   const char* qkv = static_cast<const char*>(p.qkv) + 2 * (head * p.qkv_head + 8 * unit);
 
-  const uint32_t tables = shared_base(), stage_bytes = 2 * p.piece * Rows<D>::bytes;  // two stages of K and V,
-  const uint32_t q_at = tables + 2 * stage_bytes + warp * rows * Rows<D>::bytes;      // each warp's query rows,
-  const uint32_t full = tables + 2 * stage_bytes + stride * Rows<D>::bytes, empty = full + 16;  // mbarriers of the stages
+  const uint32_t tables = shared_base(), stage_bytes = 2 * p.piece * Rows<D>::bytes;  // stages of K and V,
+  const uint32_t q_at = tables + p.stages * stage_bytes + warp * rows * Rows<D>::bytes;  // each warp's query rows,
+  const uint32_t full = tables + p.stages * stage_bytes + stride * Rows<D>::bytes;       // mbarriers of the stages
+  const uint32_t empty = full + 8 * p.stages;
 
   Place at{p.run_start(team) / p.frames, p.run_start(team) % p.frames, p.run_start(team + 1) - p.run_start(team)};
   int first = warp * rows;  // the warp's next strip begins at this row of the frame at hand or, from wrap on, a later one
-  int piece = 0, segment = at.frame;  // segment: the first frame that the summary rows in registers have seen
+  int piece = 0, slot = 0, phase = 0;
 
-  auto fetch_keys = [&](const Place& to, int piece, int slot) {
-    const char* k_from = qkv + 2 * (to.batch * p.qkv_batch + p.qkv_third);
-    const uint32_t k_to = tables + slot * stage_bytes, v_to = k_to + p.piece * Rows<D>::bytes;
-    const int key_0 = piece * p.piece, count = least(p.piece, padded - key_0), patch_0 = p.summary() + to.frame * p.patches;
-#pragma unroll 1
-    for (unsigned row = warp * (32 / lanes) + lane / lanes; row < count; row += p.warps * (32 / lanes)) {  // whole warps
-      const int key = key_0 + row;  // padding is zero, because 0 * NaN would spoil PV
-      int token = key + (key < p.patches ? patch_0 : 1 - p.patches);
-      if (key >= p.patches + p.mst()) token = 0;
-      const char* from = k_from + int64_t(token) * p.token_bytes;
-      cp_async_16(k_to + Rows<D>::at(row, unit), from, key < keys, unit < units);
-      cp_async_16(v_to + Rows<D>::at(row, unit), from + 2 * p.qkv_third, key < keys, unit < units);
-    }
-    mbarrier_arrive_with_copies(full + 8 * slot);
-  };
   auto fetch_queries = [&](int row_0) {
     Place to = at;
     for (; row_0 >= p.wrap; row_0 -= p.wrap) to.advance(p);
@@ -212,29 +199,61 @@ VIDLA_KERNEL(32 * most_warps, blocks_per_sm) hierarchical_fwd_frames(Problem p) 
     cp_async_commit();
   };
 
-  if (thread_index() < 2) {
-    mbarrier_init(full + 8 * thread_index(), 32 * p.warps);
+  if (thread_index() < p.stages) {
+    mbarrier_init(full + 8 * thread_index(), 32 * copiers);
     mbarrier_init(empty + 8 * thread_index(), p.warps);
   }
   block_sync();
-  fetch_keys(at, 0, 0);
+
+  // A step: one piece of a frame's keys, for all of its strips or, where there are more pieces, for one of each warp.
+  auto next_step = [&] {
+    if (++slot == p.stages) slot = 0, phase ^= 1;
+    if (++piece < p.pieces) return;
+    piece = 0;
+    if (p.pieces > 1 && (first += stride) < p.wrap) return;
+    first -= p.wrap;
+    at.advance(p);
+  };
+
+  if (warp >= p.warps) {  // the copying warps
+    constexpr int by = copiers * 32 / lanes;  // rows at a time
+    const int lane_row = (warp - p.warps) * (32 / lanes) + lane / lanes;
+    first = 0;
+    for (int n = 0; at.left > 0; ++n) {
+      if (n >= p.stages) mbarrier_wait(empty + 8 * slot, phase ^ 1);
+      const char* k_from = qkv + 2 * (at.batch * p.qkv_batch + p.qkv_third);
+      const char* v_from = k_from + 2 * p.qkv_third;
+      const uint32_t k_to = tables + slot * stage_bytes, v_to = k_to + p.piece * Rows<D>::bytes;
+      const int key_0 = piece * p.piece, count = least(p.piece, padded - key_0);
+      const int patches = key_0 < p.patches ? least(count, p.patches - key_0) : 0;
+      int64_t from = int64_t(p.summary() + at.frame * p.patches + key_0 + lane_row) * p.token_bytes;
+#pragma unroll 2
+      for (int row_0 = 0; row_0 < patches; row_0 += by, from += by * p.token_bytes) {
+        const uint32_t to = by % 8 ? Rows<D>::at(row_0 + lane_row, unit) : Rows<D>::at(lane_row, unit) + row_0 * Rows<D>::bytes;
+        const bool active = row_0 + lane_row < patches && unit < units;
+        cp_async_16(k_to + to, k_from + from, true, active);
+        cp_async_16(v_to + to, v_from + from, true, active);
+      }
+#pragma unroll 1
+      for (int row_0 = patches; row_0 < count; row_0 += by) {
+        const int row = row_0 + lane_row, key = key_0 + row;  // padding is zero, because 0 * NaN would spoil PV
+        from = int64_t(key < p.patches + p.mst() ? key - p.patches + 1 : 0) * p.token_bytes;
+        const bool active = row < count && unit < units;
+        cp_async_16(k_to + Rows<D>::at(row, unit), k_from + from, key < keys, active);
+        cp_async_16(v_to + Rows<D>::at(row, unit), v_from + from, key < keys, active);
+      }
+      mbarrier_arrive_with_copies(full + 8 * slot);
+      next_step();
+    }
+    return;
+  }
+
   fetch_queries(first);
+  int segment = 0, segment_batch = -1;  // the first frame that the summary rows in registers have seen, and its clip
   Strip<T, D, tiles> strip;
 #pragma unroll 1
-  for (int n = 0; at.left > 0; ++n) {  // a step: one piece of a frame's keys, for all strips or for one of each warp
-    const int slot = n & 1;
-    const bool last_piece = piece + 1 == p.pieces;
-    bool fetched = false;
-    auto fetch_next = [&] {  // in the middle of a step: then the others have left the step before, and nobody waits
-      fetched = true;
-      Place next = at;
-      if (last_piece && (p.pieces == 1 || first + stride >= p.wrap)) next.advance(p);
-      if (next.left == 0) return;
-      if (n) mbarrier_wait(empty + 8 * (slot ^ 1), (n - 1) >> 1);
-      fetch_keys(next, last_piece ? 0 : piece + 1, slot ^ 1);
-    };
-    mbarrier_wait(full + 8 * slot, n >> 1);
-
+  while (at.left > 0) {
+    mbarrier_wait(full + 8 * slot, phase);
     const int key_0 = piece * p.piece, key_end = least(key_0 + p.piece, padded);
 #pragma unroll 1
     while (first < p.wrap) {
@@ -248,7 +267,8 @@ VIDLA_KERNEL(32 * most_warps, blocks_per_sm) hierarchical_fwd_frames(Problem p) 
           for (int d = 0; d < D / 16; ++d)
             ldmatrix_x4(strip.q[i][d], q_at + Rows<D>::at(16 * i + lane % 16, 2 * d + lane / 16));
         }
-        const bool continues = some_summary && p.carry && segment != at.frame;  // its summary rows do
+        const bool continues = some_summary && p.carry && segment_batch == at.batch;  // its summary rows do
+        if (!continues) segment = at.frame, segment_batch = at.batch;
 #pragma unroll
         for (int i = 0; i < tiles; ++i) {
 #pragma unroll
@@ -273,16 +293,13 @@ VIDLA_KERNEL(32 * most_warps, blocks_per_sm) hierarchical_fwd_frames(Problem p) 
       int key = key_0;
       auto by = [&](int count) { key += count, k += count * Rows<D>::bytes, v += count * Rows<D>::bytes; };
 #pragma unroll 1
-      for (; key + chunk <= least(common, key_end); by(chunk)) {
-        if (key > key_0 && !fetched) fetch_next();
-        strip.template step<chunk, false>(key, k, v, p);
-      }
+      for (; key + chunk <= least(common, key_end); by(chunk)) strip.template step<chunk, false>(key, k, v, p);
       if (key + chunk <= key_end && key + chunk - 16 <= common) strip.template step<chunk, true>(key, k, v, p), by(chunk);
 #pragma unroll 1
       for (; key < key_end; by(16)) strip.template step<16, true>(key, k, v, p);
-      if (!last_piece) break;
+      if (piece + 1 < p.pieces) break;
 
-      const bool ends = !p.carry || at.left == 1 || at.frame + 1 == p.frames;  // of the segment
+      const bool ends = !p.carry || at.left <= p.carry || at.frame + p.carry >= p.frames;  // these rows' last frame
       const int token_0 = at.batch * p.sequence();
       const int64_t partial = ((int64_t(at.batch) * p.heads + head) * p.frames + segment) * p.summary();
 #pragma unroll
@@ -323,16 +340,8 @@ VIDLA_KERNEL(32 * most_warps, blocks_per_sm) hierarchical_fwd_frames(Problem p) 
       if (p.pieces > 1) break;
       first += stride;
     }
-    if (!fetched) fetch_next();
     mbarrier_arrive(empty + 8 * slot);
-
-    if (last_piece && p.pieces > 1) first += stride;
-    piece = last_piece ? 0 : piece + 1;
-    if (piece == 0 && (p.pieces == 1 || first >= p.wrap)) {
-      first -= p.wrap;
-      at.advance(p);
-      if (!p.carry || at.frame == 0) segment = at.frame;
-    }
+    next_step();
   }
 }
 
@@ -344,7 +353,7 @@ template <class T, int D> VIDLA_KERNEL(128, 1) hierarchical_fwd_combine(Problem 
   const bool active = lane < D / 4;
   const int64_t partial = (int64_t(batch) * p.heads + head) * p.frames * p.summary() + token;
   auto statistics = [&](int frame) {
-    const bool there = frame < p.frames && (frame == 0 || p.starts_part(batch * p.frames + frame));
+    const bool there = frame < p.frames && p.starts_part(batch, frame);
     const Word2 s = load_global<Word2>(p.statistics + (partial + int64_t(frame) * p.summary()) * 2, there);
     return there ? s : Word2{{as_word(minus_infinity), 0}};
   };
@@ -397,42 +406,43 @@ inline int64_t forward_workspace(const Call& c) {  // bytes of Problem's sums an
 }
 
 // With dry: only says whether this configuration can take the call.
-template <class T, int D, int tiles, int chunk, int most_warps, int blocks_per_sm>
+template <class T, int D, int tiles, int chunk, int most_warps, int copiers, int blocks_per_sm>
 int run(Problem p, void* stream, bool dry) {
   const int rows = 16 * tiles, strips = (p.queries() + rows - 1) / rows, turns = (strips + most_warps - 1) / most_warps;
+  const int room = blocks_per_sm > 1 ? (shared_memory_limit() + 1024) / blocks_per_sm - 1024 : shared_memory_limit();
   for (p.pieces = 1;; ++p.pieces) {
-    // As few warps as make the same number of turns; but where a step has all of a frame, they go on to the next one.
-    p.warps = p.pieces > 1 || turns == 1 ? (strips + turns - 1) / turns : most_warps;
+    // Where a step has all of a frame, warps that are done go on to the next one; else they go together.
+    p.warps = p.pieces > 1 ? (strips + turns - 1) / turns : strips > most_warps ? most_warps : most_warps / strips * strips;
     p.wrap = (p.pieces > 1 ? p.warps * turns : strips) * rows;
     p.piece = ((p.padded_keys() + p.pieces - 1) / p.pieces + 15) / 16 * 16;
-    p.shared = (4 * p.piece + rows * p.warps) * Rows<D>::bytes + 32;
-    if (p.shared <= shared_memory_limit() / blocks_per_sm - 1024 * (blocks_per_sm > 1)) break;
+    p.stages = least(4, (room - 128 - rows * p.warps * Rows<D>::bytes) / (2 * p.piece * Rows<D>::bytes));
+    if (p.stages > 1) break;
     if (p.piece == 16) return no_room;
   }
-  p.carry = p.warps == strips;
+  p.shared = (2 * p.stages * p.piece + rows * p.warps) * Rows<D>::bytes + 16 * p.stages;
+  p.carry = p.pieces == 1 || turns == 1 ? (p.warps % strips ? 0 : p.warps / strips) : 0;
   if (dry) return 0;
   const int frames = p.batch * p.frames, slots = multiprocessors() * blocks_per_sm;
   p.teams = least(frames, slots > p.heads ? slots / p.heads : 1);
   p.run = frames / p.teams, p.longer = frames % p.teams;
-  const int status = launch<hierarchical_fwd_frames<T, D, tiles, chunk, most_warps, blocks_per_sm>>(
-      "fwd_frames", p.teams * p.heads, 32 * p.warps, p.shared, stream, p);
+  const int status = launch<hierarchical_fwd_frames<T, D, tiles, chunk, most_warps, copiers, blocks_per_sm>>(
+      "fwd_frames", p.teams * p.heads, 32 * (p.warps + copiers), p.shared, stream, p);
   if (status) return status;
   const int summary_rows = p.batch * p.heads * p.summary();
   return launch<hierarchical_fwd_combine<T, D>>("fwd_combine", (summary_rows + 3) / 4, 128, 0, stream, p);
 }
 
 // The configurations, in one list: what the template parameters are, where they serve, and why.
-// V(variant, D, tiles, chunk, most_warps, blocks_per_sm)
+// V(variant, D, tiles, chunk, most_warps, copiers, blocks_per_sm)
 #define VIDLA_FORWARD_VARIANTS(V)                                                                              \
-  V(0, 64, 1, 64, 16, 1) /* a frame's strips all at once, the next frame's tables on their way */              \
-  V(1, 64, 1, 64, 4, 4)  /* up to 64 queries: four small blocks wait for each other less than one big one */   \
-  V(2, 64, 2, 32, 8, 1)  /* half the bytes from shared memory, half the warps */                               \
-  V(3, 64, 1, 48, 16, 1)                                                                                       \
-  V(0, 32, 1, 64, 16, 1)                                                                                       \
-  V(1, 32, 1, 64, 4, 4)                                                                                        \
-  V(0, 80, 1, 64, 8, 1)                                                                                        \
-  V(0, 96, 1, 64, 8, 1)                                                                                        \
-  V(0, 128, 1, 64, 8, 1)
+  V(0, 64, 1, 64, 14, 2, 1)                                                                                    \
+  V(1, 64, 1, 48, 14, 2, 1)                                                                                    \
+  V(2, 64, 1, 64, 6, 2, 2)                                                                                     \
+  V(3, 64, 1, 32, 14, 2, 1)                                                                                    \
+  V(0, 32, 1, 64, 14, 2, 1)                                                                                    \
+  V(0, 80, 1, 64, 7, 1, 1)                                                                                     \
+  V(0, 96, 1, 64, 7, 1, 1)                                                                                     \
+  V(0, 128, 1, 64, 7, 1, 1)
 
 template <class T> int dispatch(const Problem& p, int dim, int variant, void* stream, bool dry) {
   bool served = false;
@@ -444,7 +454,7 @@ template <class T> int dispatch(const Problem& p, int dim, int variant, void* st
   return served ? unknown_variant : unsupported_dim;
 }
 
-inline int choose(const Call& c) { return (c.head_dim == 64 || c.head_dim == 32) && c.patches + c.summary <= 64; }
+inline int choose(const Call&) { return 0; }
 
 inline int forward(const Call& c, void* stream, bool dry) {
   if (const int status = wrong_sizes(c)) return status;
@@ -476,7 +486,7 @@ VIDLA_EXPORT int64_t vidla_hierarchical_forward_workspace(const vidla::Call* c) 
 // The variant that -1 stands for, and all there are for a head dimension, in words (null past the last).
 VIDLA_EXPORT int vidla_hierarchical_forward_choice(const vidla::Call* c) { return vidla::choose(*c); }
 VIDLA_EXPORT const char* vidla_hierarchical_forward_variant(int head_dim, int variant) {
-#define VIDLA_NAME(n, D, tiles, chunk, warps, blocks)                                                      \
+#define VIDLA_NAME(n, D, tiles, chunk, warps, copiers, blocks)                                                      \
   if (head_dim == D && variant == n)                                                                               \
     return #tiles " tiles a strip, " #chunk " keys a chunk, " #warps " warps, " #blocks " blocks";
   VIDLA_FORWARD_VARIANTS(VIDLA_NAME)
