@@ -111,7 +111,7 @@ _ROWS: dict[tuple[str, tuple[int, ...], str, tuple[int, ...]], tuple[Tile, ...]]
     # A frame of up to 64 rows, B/32: one tile. H100 42 us (floor 39): bound by DRAM; A100 77 (64).
     ("hier_forward_walk", (80, 90), "half", (32, 64)): (Tile(64, 64, 4, 2, programs=3),),
     # B/16 on wgmma: 196 + 13 rows are two tiles of 128, 196 + 12 keys are 128 + 64 + 16. 128 registers, for two programs an SM
-    # instead of one: 201 us where 157 registers take 350 (floor 155). About a hundred spill instructions of 2,000, none of
+    # instead of one: 192 us where 157 registers take 350 (floor 155). About a hundred spill instructions of 2,000, none of
     # them in a loop, for there is none: the replay gives them 3 % of the waiting.
     ("hier_forward_resident", (90,), "half", (64,)): (Tile(128, 128, 8, registers=128),),
     # All others. mma.sync reads keys from shared memory for each 16 rows of a warp: 32 rows a warp halve that. 168 registers

@@ -341,16 +341,17 @@ def _resident_kernel(
     c = KEYS[len(KEYS) - 2] + tl.arange(0, KEYS[len(KEYS) - 1] - KEYS[len(KEYS) - 2])
     for i in tl.static_range(len(ROWS) - 1):
         r = ROWS[i] + tl.arange(0, ROWS[i + 1] - ROWS[i])
-        p_row, p_l = _frame_rows(p_out, p_lse, p_part, p_part_lse, f, i_bf, i_bh, i_b, i_h, r, T, H, N, G, D)
         if ROWS[i + 1] <= N:  # patches only
             visible = None
             if KEYS[len(KEYS) - 1] > N + G - FIRST:
                 visible = (c < N + G - FIRST)[None]
             acc, m, l = _attend(b_q[i], b_k, b_v, visible, scale2, PRECISION)
+            p_row, p_l = _frame_rows(p_out, p_lse, p_part, p_part_lse, f, i_bf, i_bh, i_b, i_h, r, T, H, N, G, D)
             _finish_rows(p_row, p_l, acc, m, l, None, p_out.dtype.element_ty, COLS)
         else:
             visible = (c < N + G - FIRST)[None] & ((r < N)[:, None] | (c < N)[None])
             acc, m, l = _attend(b_q[i], b_k, b_v, visible, scale2, PRECISION)
+            p_row, p_l = _frame_rows(p_out, p_lse, p_part, p_part_lse, f, i_bf, i_bh, i_b, i_h, r, T, H, N, G, D)
             _finish_rows(p_row, p_l, acc, m, l, r < N + G, p_out.dtype.element_ty, COLS)
 
 
