@@ -122,10 +122,13 @@ inline void error(const char* kind, const std::string& detail) {
 }
 
 // ---- a block in flight ---------------------------------------------------------------------------------------------
-enum class Op { mma, ldmatrix, ldmatrix_trans, cp_async, store_shared, shuffle, vote, arrive, wait, load, store, warp_sync, block_sync };
+enum class Op {
+  mma, ldmatrix, ldmatrix_trans, cp_async, store_shared, shuffle, vote, arrive, wait, load, store, warp_sync, block_sync
+};
 inline const char* name(Op op) {
   static const char* names[] = {"mma",     "ldmatrix",    "ldmatrix.trans", "cp.async",  "store_shared",
-                                "shuffle", "vote", "mbarrier_arrive", "mbarrier_wait", "load_global", "store_global",   "warp_sync", "block_sync"};
+                                "shuffle", "vote",        "mbarrier_arrive", "mbarrier_wait",
+                                "load_global", "store_global", "warp_sync", "block_sync"};
   return names[int(op)];
 }
 
