@@ -115,6 +115,13 @@ VIDLA_DEVICE Word2 load_shared(uint32_t shared, bool active) {
   return w;
 }
 
+// 4 bytes of shared memory. Any lanes.
+VIDLA_DEVICE uint32_t load_shared(uint32_t shared) {
+  uint32_t word;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(shared) : "memory");
+  return word;
+}
+
 // warp: c (16x8, fp32) += a (16x16, row major) * b (16x8, column major).
 template <class T> VIDLA_DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <> VIDLA_DEVICE void mma_m16n8k16<bf16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
