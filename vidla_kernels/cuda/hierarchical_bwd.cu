@@ -12,20 +12,22 @@
 //              whole when they leave the registers: a key's gradient is written once, and by nobody else.
 // With one pair of strips there are two block barriers a chunk; with two pairs phase 2 runs a chunk behind phase 1: one
 // barrier a chunk, and warps in either phase.
-// With two sets of tables, Q and dO of the next frame arrive during this one; so do, in any case, its first keys. Its rows
-// of O and lse come during the last phase 2, O in the layout of dO's fragments. Delta from O is one unit of traffic (8
-// instead of 7); from P and dP it would be two products more, for it needs a whole row first.
+// With two sets of tables, Q and dO of the next frame arrive during this one; so do, in any case, its first keys. Its O
+// and lse are loaded while dQ leaves; delta is the diagonal of dO O', by mma. Delta from O is one unit of traffic (8 instead
+// of 7); from P and dP it would be two products more, for it needs a whole row first.
+// Where a warp is left over (7 warps own the 224 rows of N=196), it alone fetches, while the others multiply.
 // Rows that see nothing here (an MST level in a frame it skips, spare rows) have lse = +inf, so P = 0 without a test.
 //
 // Patch gradients are final. What a frame adds to a summary token's dQ, dK and dV (MST's, and CLS's key if patches see
 // it) is summed up in shared memory, over the frames of a segment: (batch, head) has `segments` of them, as few as keep
 // all blocks busy. A segment's sums go out in fp32, and the second kernel adds them up in order, with CLS's attention to
-// itself. No atomics: the same bits every run. Where shared memory has no room, each frame is a segment.
+// itself. No atomics: the same bits every run. Where shared memory has no room, the sums wait in global memory, in L2.
 // More queries than the warps own: several turns; dK and dV wait in `carry`, where the thread that wrote a sum is the one
 // that takes it up again, in a place of the block's own that L2 keeps.
 #include "hierarchical.cuh"
 
 #include <cstdio>
+#include <type_traits>
 
 namespace vidla {
 
@@ -131,7 +133,10 @@ template <class T, class C> struct Queries {
       }
     }
 
-    uint32_t ds[tiles][4];
+    uint32_t ds[tiles][4], b[D / 16][4];
+    auto load_k = [&](int d) { ldmatrix_x4_trans(b[d], Rows<D>::along(k_at + in.b_trans, 2 * d)); };
+#pragma unroll
+    for (int d = 0; d < D / 16 && tiles > 1; ++d) load_k(d);  // where there are registers for it, before they are waited for
 #pragma unroll
     for (int i = 0; i < tiles; ++i) {
 #pragma unroll
@@ -151,12 +156,11 @@ template <class T, class C> struct Queries {
     }
 #pragma unroll
     for (int d = 0; d < D / 16; ++d) {
-      uint32_t b[4];
-      ldmatrix_x4_trans(b, Rows<D>::along(k_at + in.b_trans, 2 * d));
+      if (tiles == 1) load_k(d);
 #pragma unroll
       for (int i = 0; i < tiles; ++i) {
-        mma_m16n8k16<T>(d_q[i][2 * d], ds[i], b[0], b[1]);
-        mma_m16n8k16<T>(d_q[i][2 * d + 1], ds[i], b[2], b[3]);
+        mma_m16n8k16<T>(d_q[i][2 * d], ds[i], b[d][0], b[d][1]);
+        mma_m16n8k16<T>(d_q[i][2 * d + 1], ds[i], b[d][2], b[d][3]);
       }
     }
   }
@@ -220,14 +224,16 @@ template <class T, class C> VIDLA_KERNEL(32 * C::warps, C::blocks) hierarchical_
   auto of_head = [&](const Item& o) { return int64_t(not_ahead(o.batch)) * p.heads + o.head; };
 
   // Who fetches: the warps without rows of their own, or else all. 16 bytes a thread, by cp.async.
-  constexpr int fetchers = C::owners < warps ? warps - C::owners : warps, first_fetcher = warps - fetchers;
-  const bool fetches = warp >= first_fetcher;
+  using First = std::integral_constant<int, C::owners < warps ? C::owners : 0>;
+  const bool fetches = warp >= First::value;
 
   // Rows `from` to `to` of a tile of two tables, `apart` bytes after one another at `at`, whose row 0 is number `origin` of
   // a frame; rows from `end` on are zeros. a(), b(): the tensors at token 0. Whole warps go round the loops together.
-  auto fetch = [&](uint32_t at, int apart, auto a, int a_token, auto b, int b_token, int frame, int origin, int from,
-                   int to, int end, auto summary_token) {
-    const int index = not_ahead(thread) - 32 * first_fetcher, to_patch = p.query_token(frame, 0);
+  // Warps from first_warp on do it.
+  auto fetch = [&](auto first_warp, uint32_t at, int apart, auto a, int a_token, auto b, int b_token, int frame,
+                   int origin, int from, int to, int end, auto summary_token) {
+    constexpr int fetchers = warps - decltype(first_warp)::value;
+    const int index = not_ahead(thread) - 32 * (warps - fetchers), to_patch = p.query_token(frame, 0);
     constexpr int step = 32 * fetchers / units, group = step < 8 ? 8 : step;
     if constexpr (32 * fetchers % units == 0 && group % 8 == 0) {  // patches: neighbouring tokens, nothing but sums
       const int row = from + index / units, token = to_patch + origin + row, last = p.patches - origin;
@@ -254,20 +260,20 @@ template <class T, class C> VIDLA_KERNEL(32 * C::warps, C::blocks) hierarchical_
       cp_async_16(here + apart, b() + (int64_t(token) * b_token + 8 * unit), valid);
     }
   };
-  auto fetch_queries = [&](const Item& item, int turn, int set, int from, int to) {
+  auto fetch_queries = [&](auto first_warp, const Item& item, int turn, int set, int from, int to) {
     if (item.unit >= p.units()) return;
     auto q = [&] { return static_cast<const T*>(p.qkv) + in_qkv(item); };
     auto d_out = [&] { return static_cast<const T*>(p.d_out) + in_out(item); };
-    fetch(base + 2 * set * C::table, C::table, q, qkv_token, d_out, third, item.frame, turn * C::capacity, from, to,
-          queries, [](int i) { return i; });
+    fetch(first_warp, base + 2 * set * C::table, C::table, q, qkv_token, d_out, third, item.frame, turn * C::capacity,
+          from, to, queries, [](int i) { return i; });
   };
   auto fetch_keys = [&](const Item& item, int chunk_number, int slot) {
     if (item.unit >= p.units()) return;
     const int left = padded - chunk_number * chunk;  // padding is zero, because 0 * NaN would spoil dQ
     auto k = [&] { return static_cast<const T*>(p.qkv) + in_qkv(item) + p.qkv_third; };
     auto v = [&] { return static_cast<const T*>(p.qkv) + in_qkv(item) + 2 * p.qkv_third; };
-    fetch(base + C::keys_at + slot * C::slot, C::v_after_k, k, qkv_token, v, qkv_token, item.frame, chunk_number * chunk,
-          0, left < chunk ? left : chunk, keys, [&](int i) { return i < p.mst() ? 1 + i : 0; });
+    fetch(First{}, base + C::keys_at + slot * C::slot, C::v_after_k, k, qkv_token, v, qkv_token, item.frame,
+          chunk_number * chunk, 0, left < chunk ? left : chunk, keys, [&](int i) { return i < p.mst() ? 1 + i : 0; });
   };
 
   // Output and lse of this warp's rows. The output is held like a B operand whose columns are the rows, so that the
@@ -299,7 +305,7 @@ template <class T, class C> VIDLA_KERNEL(32 * C::warps, C::blocks) hierarchical_
   Item item = Item::first(p, block_index());
   int turn = 0, set = 0, slot = 0;
   if (fetches) {
-    if (C::sets == 2) fetch_queries(item, turn, set, 0, C::capacity);
+    if (C::sets == 2) fetch_queries(First{}, item, turn, set, 0, C::capacity);
     fetch_keys(item, 0, slot);
   }
   cp_async_commit();
@@ -317,7 +323,7 @@ template <class T, class C> VIDLA_KERNEL(32 * C::warps, C::blocks) hierarchical_
     const uint32_t tables_at = base + 2 * set * C::table;
     if (C::sets == 1) {
       block_sync();  // phase 2 has read the tables and the strips
-      if (fetches) fetch_queries(item, turn, 0, 0, C::capacity);
+      fetch_queries(std::integral_constant<int, 0>{}, item, turn, 0, 0, C::capacity);  // by all warps
       cp_async_commit();
     }
     cp_async_wait<0>();
@@ -464,7 +470,7 @@ template <class T, class C> VIDLA_KERNEL(32 * C::warps, C::blocks) hierarchical_
       }
       if (fetches) {
         const int from = c * part_rows, to = from + part_rows < C::capacity ? from + part_rows : C::capacity;
-        if (C::sets == 2 && c < parts) fetch_queries(next, next_turn, 1 - set, from, to);
+        if (C::sets == 2 && c < parts) fetch_queries(First{}, next, next_turn, 1 - set, from, to);
         const bool more = c + 1 < chunks;
         fetch_keys(more ? item : next, more ? c + 1 : 0, 1 - slot);
       }
@@ -589,22 +595,22 @@ template <class T, class C> int run(Gradient p, const Call& c, void* stream, int
   return launch<hierarchical_bwd_combine<T, C::D>>("bwd_combine", (outputs + 3) / 4, 128, 0, stream, p);
 }
 
-// The tilings of a head dimension. The choice is the first one that owns as many rows as a frame has queries and fits
-// into the GPU's shared memory; where none does, the first that fits, in turns. Warps, those that own rows, tiles, chunk,
-// columns, pairs of strips, sets of tables, blocks a multiprocessor.
+// The tilings of a head dimension. The choice is the first one that owns as many rows as a frame has queries, with all its
+// blocks in a multiprocessor's shared memory; where there is none, the last that fits, in turns. Warps, those that own
+// rows, tiles, chunk, columns, pairs of strips, sets of tables, blocks a multiprocessor.
 template <class...> struct List {};
 template <int D> struct Tilings;
-// Two tiles a warp, so that what is read from shared memory feeds two mma, take 240 registers: 8 warps a multiprocessor.
+// Two tiles a warp, so that what is read from shared memory feeds two mma, take 250 registers: 8 warps a multiprocessor.
 template <> struct Tilings<64> {
-  using type = List<Tiling<64, 4, 4, 1, 64, 32, 1, 1, 3>,   // to 64 rows, N=49: three blocks, not two tiles
+  using type = List<Tiling<64, 4, 4, 1, 32, 32, 1, 2, 3>,   // to 64 rows, N=49: the next frame is on its way; 65 KB
+                    Tiling<64, 4, 4, 1, 32, 32, 1, 1, 3>,   // the same in a third of an A100's shared memory
                     Tiling<64, 4, 4, 2, 32, 32, 1, 1, 2>,   // to 128 rows: two blocks
-                    Tiling<64, 8, 7, 2, 64, 32, 1, 2, 1>,   // to 224 rows, N=196: one block, the next frame on its way; sm_90
-                    Tiling<64, 8, 7, 2, 32, 32, 1, 2, 1>,   // the same for an A100's shared memory
-                    Tiling<64, 8, 8, 2, 64, 32, 1, 1, 1>,   // to 256 rows
-                    Tiling<64, 2, 2, 2, 64, 32, 1, 1, 4>>;  // to 64 rows: a block's two warps seldom wait for each other
+                    Tiling<64, 8, 7, 2, 64, 32, 1, 2, 1>,   // to 224 rows, N=196: the next frame is on its way; 209 KB
+                    Tiling<64, 8, 7, 2, 64, 32, 1, 1, 1>,   // the same in an A100's shared memory
+                    Tiling<64, 8, 8, 2, 64, 32, 1, 1, 1>>;  // to 256 rows, and more in turns
 };
 template <> struct Tilings<32> {
-  using type = List<Tiling<32, 4, 4, 2, 32, 16, 2, 1, 3>, Tiling<32, 8, 8, 2, 64, 16, 1, 2, 1>>;
+  using type = List<Tiling<32, 4, 4, 2, 32, 16, 2, 1, 2>, Tiling<32, 8, 8, 2, 64, 16, 1, 2, 1>>;
 };
 // Two tiles would spill here.
 template <> struct Tilings<80> { using type = List<Tiling<80, 10, 10, 1, 32, 16, 1, 1, 1>>; };
@@ -632,7 +638,8 @@ inline int choose_backward(const Call& c) {
     bool fits = false, whole = false;
     auto look = [&](auto tiling) {
       using C = decltype(tiling);
-      fits = C::sums_at <= shared_memory_limit(), whole = C::capacity >= c.patches + c.summary;
+      fits = (C::sums_at + 1024) * C::blocks <= shared_memory_limit() + 1024;  // a block takes 1 KB more than it asks for
+      whole = C::capacity >= c.patches + c.summary;
     };
     if (visit(c.head_dim, variant, look)) break;  // past the last
     if (fits && whole) return variant;
