@@ -45,22 +45,29 @@ class CMakeBuild(build_ext):
         # An editable install keeps what it builds beside the sources, any other one in the tree that becomes the wheel.
         library = (ROOT if self.inplace or self.editable_mode else Path(self.build_lib)) / "vidla_kernels" / "libvidla_cuda.so"
         library.parent.mkdir(parents=True, exist_ok=True)
-        reason = library.with_suffix(".txt")
+        reason, log = library.with_suffix(".txt"), library.with_suffix(".log")
         if SKIPPED:
             print(f"vidla_kernels: native CUDA build skipped: {SKIPPED}")
             reason.write_text(SKIPPED + "\n")
-            library.unlink(missing_ok=True)  # of an earlier install, from other sources
+            for earlier in (library, log):  # of another install, from other sources
+                earlier.unlink(missing_ok=True)
         else:
             reason.unlink(missing_ok=True)
+            log.write_text(self.said)  # with ptxas -v's account of registers and spills
 
     def build_extension(self, ext: Extension) -> None:
         build = Path(self.build_temp).resolve()
-        try:
-            subprocess.check_call(["cmake", "-S", ROOT, "-B", build, f"-DCMAKE_CUDA_COMPILER={NVCC}"])
-            subprocess.check_call(["cmake", "--build", build, "--parallel", str(os.cpu_count())])
-        except subprocess.CalledProcessError:
-            print("vidla_kernels: the CUDA kernels could not be built; VIDLA_CUDA=0 installs without them", file=sys.stderr)
-            raise
+        shutil.rmtree(build, ignore_errors=True)  # a partial build would compile, and say, less
+        self.said = ""
+        for command in (
+            ["cmake", "-S", ROOT, "-B", build, f"-DCMAKE_CUDA_COMPILER={NVCC}"],
+            ["cmake", "--build", build, "--parallel", str(os.cpu_count())],
+        ):
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            print(done.stdout, flush=True)
+            self.said += done.stdout
+            if done.returncode:
+                sys.exit("vidla_kernels: the CUDA kernels could not be built; VIDLA_CUDA=0 installs without them")
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(build / "libvidla_cuda.so", target)

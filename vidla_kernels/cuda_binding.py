@@ -204,8 +204,10 @@ def _run(name: str, call: Call, qkv: torch.Tensor, layout: TokenLayout) -> None:
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """x, or a copy where its rows do not begin at multiples of the 16 bytes that a thread copies at a time."""
+    """x, or a copy where its rows do not begin at multiples of the 16 bytes that a thread copies at a time, or where its
+    tokens lie too far apart for offsets of 32 bits."""
     fits = x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and all(stride % 8 == 0 for stride in x.stride()[:-1])
+    fits = fits and abs(x.stride(1)) < 2**24
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 

@@ -140,6 +140,7 @@ struct Async {
   const void* from;
   bool valid;
   int group;
+  int64_t serial;  // of the copy
 };
 
 struct Warp;
@@ -193,6 +194,7 @@ struct Worker {
   Lane* lane = nullptr;
   int threads = 0, block = 0, warps_waiting = 0;
   uint32_t epoch = 0;
+  int64_t copies = 0;
   Counters count;
 };
 inline thread_local Worker* worker = nullptr;
@@ -508,7 +510,7 @@ inline void cp_async_16(uint32_t shared, const void* global, bool valid, bool ac
   if (active && shared_in_range(shared, 16, "cp.async")) {
     note_write(me, shared, 16, true, "cp.async");
     memset(&worker->shared[shared], 0xff, 16);
-    me.in_flight.push_back({shared, global, valid && global_in_range(global, 16, "cp.async"), me.groups});
+    me.in_flight.push_back({shared, global, valid && global_in_range(global, 16, "cp.async"), me.groups, ++worker->copies});
   }
   rendezvous(Op::cp_async, [](Warp& w) {
     Counters& n = worker->count;
@@ -543,10 +545,6 @@ template <int newest> inline void cp_async_wait() {
   for (const Async& a : me.in_flight) {
     if (waits(a)) continue;
     land(a, *me.warp);
-    for (auto& [at, b] : worker->mbarriers)  // what is here already, no phase waits for
-      b.copies.erase(std::remove_if(b.copies.begin(), b.copies.end(),
-                                    [&](auto& c) { return c.first == &me && c.second.to == a.to; }),
-                     b.copies.end());
   }
   me.in_flight.erase(std::remove_if(me.in_flight.begin(), me.in_flight.end(), [&](auto& a) { return !waits(a); }),
                      me.in_flight.end());
@@ -565,9 +563,12 @@ inline void arrive(Mbarrier& b, int arrivals) {
   if (b.missing < 0) abandon_block("mbarrier", place(*worker->lane) + " arrives at a phase that is over");
   if (b.missing) return;
   for (auto& [lane, copy] : b.copies) {
+    auto& flying = lane->in_flight;
+    const auto same = [serial = copy.serial](const Async& a) { return a.serial == serial; };
+    const auto it = std::find_if(flying.begin(), flying.end(), same);
+    if (it == flying.end()) continue;  // landed by a wait_group, or with another mbarrier
     land(copy, *lane->warp);
-    auto& f = lane->in_flight;
-    f.erase(std::find_if(f.begin(), f.end(), [to = copy.to](auto& a) { return a.to == to; }));
+    flying.erase(it);
   }
   b.copies.clear();
   b.missing = b.count, ++b.phase, ++worker->epoch;

@@ -12,15 +12,16 @@
 //              whole when they leave the registers: a key's gradient is written once, and by nobody else.
 // With one pair of strips there are two block barriers a chunk; with two pairs phase 2 runs a chunk behind phase 1: one
 // barrier a chunk, and warps in either phase.
-// With two sets of tables, Q and dO of the next frame arrive during this one; so do, in any case, its first keys. Its rows
-// of O and lse come during the last phase 2, O in the layout of dO's fragments. Delta from O is one unit of traffic (8
-// instead of 7); from P and dP it would be two products more, for it needs a whole row first.
+// With two sets of tables, Q and dO of the next frame arrive during this one; so do, in any case, its first keys. Its O
+// and lse are loaded while dQ leaves; delta is the diagonal of dO O', by mma. Delta from O is one unit of traffic (8 instead
+// of 7); from P and dP it would be two products more, for it needs a whole row first.
+// Where a warp is left over (7 warps own the 224 rows of N=196), it alone fetches, while the others multiply.
 // Rows that see nothing here (an MST level in a frame it skips, spare rows) have lse = +inf, so P = 0 without a test.
 //
 // Patch gradients are final. What a frame adds to a summary token's dQ, dK and dV (MST's, and CLS's key if patches see
 // it) is summed up in shared memory, over the frames of a segment: (batch, head) has `segments` of them, as few as keep
 // all blocks busy. A segment's sums go out in fp32, and the second kernel adds them up in order, with CLS's attention to
-// itself. No atomics: the same bits every run. Where shared memory has no room, each frame is a segment.
+// itself. No atomics: the same bits every run. Where shared memory has no room, the sums wait in global memory, in L2.
 // More queries than the warps own: several turns; dK and dV wait in `carry`, where the thread that wrote a sum is the one
 // that takes it up again, in a place of the block's own that L2 keeps.
 #include "hierarchical.cuh"
@@ -228,8 +229,9 @@ template <class T, class C> VIDLA_KERNEL(32 * C::warps, C::blocks) hierarchical_
 
   // Rows `from` to `to` of a tile of two tables, `apart` bytes after one another at `at`, whose row 0 is number `origin` of
   // a frame; rows from `end` on are zeros. a(), b(): the tensors at token 0. Whole warps go round the loops together.
-  auto fetch = [&](auto first_warp, uint32_t at, int apart, auto a, int a_token, auto b, int b_token, int frame, int origin, int from,
-                   int to, int end, auto summary_token) {
+  // Warps from first_warp on do it.
+  auto fetch = [&](auto first_warp, uint32_t at, int apart, auto a, int a_token, auto b, int b_token, int frame,
+                   int origin, int from, int to, int end, auto summary_token) {
     constexpr int fetchers = warps - decltype(first_warp)::value;
     const int index = not_ahead(thread) - 32 * (warps - fetchers), to_patch = p.query_token(frame, 0);
     constexpr int step = 32 * fetchers / units, group = step < 8 ? 8 : step;

@@ -5,16 +5,19 @@
 // A block owns a head and a run of consecutive frames, which may reach from one clip into the next: the (batch, frame)
 // pairs are shared out evenly, once to each team of H blocks, so that every block is resident from the start, all get
 // the same work, and the heads of a token, which lie side by side in memory, are read at about the same time.
-// K and V of a frame come into shared memory once, by cp.async, for all of its queries; with two stages the next frame's
-// arrive meanwhile. Where a frame doesn't fit, they come in pieces, for as many queries as the block has strips. A warp's
-// own query rows have a small buffer, refilled as soon as the fragments are in registers.
+// K and V of a frame come into shared memory once, by cp.async, for all of its queries: one or two warps do nothing but
+// copy, and run ahead by as many stages as fit. mbarriers say that a stage is full and that all warps are done with it,
+// so no warp waits for the others, and those without a strip left in this frame begin the next. Where two stages of whole
+// frames don't fit, they hold pieces, and pass once for each turn of the warps. A warp's own query rows have a small
+// buffer, refilled as soon as the fragments are in registers.
 // A warp walks over the keys `chunk` at a time: S = QK' in registers, maximum, P = exp2, packed in place to be the A
 // operand of PV. The accumulator is rescaled only when a maximum has grown by more than a factor of 2^8, which fp32 and
 // both 16-bit types hold without loss. Keys that every row sees are not tested; what chunks leave over goes by 16.
-// Patch rows are final and written once. Summary rows stay in the registers of their warp for as many frames as the block
-// works on (if it needs one turn a frame), then leave (m, l, acc) for the second kernel, which adds them up in frame order,
-// and CLS's own key to the CLS row. No atomics: the same bits every run. Beside the output goes the log-sum-exp of every
-// row, from which the backward gets P back without a second softmax.
+// Patch rows are final and written once. If the warps are a multiple of a frame's strips, a warp always has the same rows,
+// and its summary rows stay in registers for all frames of a clip that it sees; else for one frame. Then they leave
+// (m, l, acc) for the second kernel, which adds them up in frame order, and CLS's own key to the CLS row. No atomics: the
+// same bits every run on one kind of GPU (how the frames are shared out, so where sums are split, depends on its size).
+// Beside the output goes the log-sum-exp of every row, from which the backward gets P back without a second softmax.
 #include "hierarchical.cuh"
 
 namespace vidla {
@@ -439,16 +442,16 @@ int run(Problem p, void* stream, bool dry) {
   return launch<hierarchical_fwd_combine<T, D>>("fwd_combine", (summary_rows + 3) / 4, 128, 0, stream, p);
 }
 
-// The configurations, in one list: what the template parameters are, where they serve, and why.
-// V(variant, D, tiles, chunk, most_warps, copiers, blocks_per_sm)
-#define VIDLA_FORWARD_VARIANTS(V)                                                                              \
-  V(0, 64, 1, 64, 15, 1, 1)                                                                                    \
-  V(1, 64, 1, 48, 14, 2, 1)                                                                                    \
-  V(2, 64, 1, 64, 7, 1, 2)                                                                                     \
-  V(3, 64, 1, 32, 15, 1, 1)                                                                                    \
-  V(0, 32, 1, 64, 14, 2, 1)                                                                                    \
-  V(0, 80, 1, 64, 7, 1, 1)                                                                                     \
-  V(0, 96, 1, 64, 7, 1, 1)                                                                                     \
+// The configurations, in one list: V(variant, D, tiles, chunk, most_warps, copiers, blocks_per_sm). 16 warps leave 128
+// registers a thread, which chunks of 32 fit at D=64 without a spill (64 and 48: 32 to 144 bytes, and no faster in replay).
+// 0 of D=64 is the choice on A100 and H100 alike, at N=49 as at 196: its replays are the lowest of those tried.
+#define VIDLA_FORWARD_VARIANTS(V)                                                         \
+  V(0, 64, 1, 32, 15, 1, 1)                                                               \
+  V(1, 64, 1, 32, 7, 1, 2)  /* two small blocks */                                        \
+  V(2, 64, 2, 32, 7, 1, 1)  /* half the bytes from shared memory, half the warps */       \
+  V(0, 32, 1, 64, 15, 1, 1)                                                               \
+  V(0, 80, 1, 64, 7, 1, 1)  /* from here on 8 warps: accumulators need the registers */   \
+  V(0, 96, 1, 64, 7, 1, 1)                                                                \
   V(0, 128, 1, 64, 7, 1, 1)
 
 template <class T> int dispatch(const Problem& p, int dim, int variant, void* stream, bool dry) {
@@ -461,11 +464,12 @@ template <class T> int dispatch(const Problem& p, int dim, int variant, void* st
   return served ? unknown_variant : unsupported_dim;
 }
 
-inline int choose(const Call&) { return 0; }
+inline int choose(const Call&) { return 0; }  // see the list
 
 inline int forward(const Call& c, void* stream, bool dry) {
   if (const int status = wrong_sizes(c)) return status;
-  if (!(c.scale > 0)) return bad_layout;  // the maximum is taken before the scale
+  if (!(c.scale >= 0)) return bad_layout;  // the maximum is taken before the scale
+  if (c.qkv_token >= 1 << 24 || c.qkv_token <= -(1 << 24)) return bad_layout;  // offsets of some tokens are 32 bits
   float* sums = static_cast<float*>(c.workspace);
   Problem p{layout_of(c), c.qkv, c.out, c.lse, sums};
   p.token_bytes = int(2 * c.qkv_token);
@@ -495,7 +499,7 @@ VIDLA_EXPORT int vidla_hierarchical_forward_choice(const vidla::Call* c) { retur
 VIDLA_EXPORT const char* vidla_hierarchical_forward_variant(int head_dim, int variant) {
 #define VIDLA_NAME(n, D, tiles, chunk, warps, copiers, blocks)                                                      \
   if (head_dim == D && variant == n)                                                                               \
-    return #tiles " tiles a strip, " #chunk " keys a chunk, " #warps " warps, " #blocks " blocks";
+    return #tiles " tiles a strip, " #chunk " keys a chunk, " #warps " warps, " #copiers " that copy, " #blocks " blocks";
   VIDLA_FORWARD_VARIANTS(VIDLA_NAME)
 #undef VIDLA_NAME
   return nullptr;

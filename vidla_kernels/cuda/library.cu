@@ -14,7 +14,7 @@ VIDLA_EXPORT int vidla_device_status() { return vidla::device_status(); }
 // A launcher's return value in words.
 VIDLA_EXPORT const char* vidla_error_text(int status) {
   switch (status) {
-    case vidla::bad_layout: return "a size that is not positive, 2**30 frames in all, or a scale the kernel does not take";
+    case vidla::bad_layout: return "a size or scale that is not positive, 2**30 frames in all, or tokens 2**24 numbers apart";
     case vidla::unsupported_dim: return "there is no kernel for this head dimension";
     case vidla::unsupported_type: return "there is no kernel for this dtype";
     case vidla::small_workspace: return "the workspace is too small";
