@@ -118,7 +118,7 @@ _ROWS: dict[tuple[str, tuple[int, ...], str, tuple[int, ...]], tuple[Tile, ...]]
     # for three programs an SM: B/16 378 us where 242 registers take 455 and 64 rows 401 to 541 (floor 253).
     ("hier_forward_stream", (80,), "half", (32, 64)): (Tile(128, 32, 4, 3, registers=168),),
     # Five small programs an SM hide each other's loads better than pipelining does, which takes shared memory from them. L/14
-    # (H=16) 436 us (floor 270), L2 384 of them; 128 rows 537 to 594, 32 keys 457 to 489.
+    # (H=16) 432 us (floor 270), L2 384 of them; 128 rows 537 to 594, 32 keys 457 to 489.
     ("hier_forward_stream", (90,), "half", (32, 64)): (Tile(64, 64, 4, 1, registers=96),),
     ("hier_forward_stream", (80,), "half", (80, 96, 128)): (Tile(64, 32, 4, 2),),
     ("hier_forward_stream", (90,), "half", (80, 96, 128)): (Tile(64, 32, 4, 3),),

@@ -546,6 +546,8 @@ def _combine_kernel(
 
     g = tl.program_id(0) % TILES * ROWS + tl.arange(0, ROWS)
     m_g = g < G
+    p_part += i_bh * PARTS * (G * D)
+    p_part_lse += i_bh * PARTS * G
     stride = 1
     acc, m, l = _no_keys_yet(ROWS, COLS)
     if FRAMES:
@@ -557,9 +559,8 @@ def _combine_kernel(
             acc, m, l = _softmax_step(s, b_v, acc, m, l, scale2, PRECISION)
     for i in tl.range(0, PARTS, num_stages=STAGES):
         sees = m_g & (i % stride == 0)
-        row = (i_bh * PARTS + i) * G + g
-        b_o = _read(p_part, row * D, sees, COLS)
-        lse = tl.load(p_part_lse + row, mask=sees, other=common.HIDDEN)
+        b_o = _read(p_part + i * (G * D), g * D, sees, COLS)
+        lse = tl.load(p_part_lse + i * G + g, mask=sees, other=common.HIDDEN)
         m_new = tl.maximum(m, lse)
         shrink, weight = tl.exp2(m - m_new), tl.exp2(lse - m_new)
         total = ()
