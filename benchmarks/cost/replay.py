@@ -1,0 +1,295 @@
+"""An estimate of a kernel's time: the paths of its warps, replayed on a model of one multiprocessor.
+
+    launch = Launch(grid=4608, threads=128, shared=61440, params=bytes(problem))
+    print(estimate(kernel, launch, dram_bytes=461e6))
+
+As many blocks as fit are resident, a quarter of the multiprocessor issues one instruction a cycle, units are held as long as
+the public rates say, latencies of fixed length are those that the assembler wrote into the code and the others the constants
+below, none of which was fitted to a timing. Not modelled: TMA, warp specialisation, bank conflicts, instruction cache, gaps
+between launches, cache misses beyond `dram_bytes`. docs/kernels.md has the table of estimates beside measured times.
+
+Constants. NVIDIA A100 and H100 whitepapers: multiprocessors, clocks, registers and shared memory, dense bf16 rate (312 and
+989 TFLOP/s), memory bandwidth; width of L2, 5120 bytes a clock (A100's, taken for both). CUDA C++ Programming Guide,
+"Throughput of Native Arithmetic Instructions": results a clock. Luo et al., arXiv:2402.13499: order of the latencies of L2,
+memory and shared memory; mma.sync reaches about 62 % of the rate of wgmma on H100. ACHIEVABLE is a round guess of ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from .sass import Instruction, Kernel
+from .walk import Launch, Path, walk
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Public figures of one GPU. `tensor`: bf16 multiply-adds a clock and multiprocessor; `mma_sync`: the share of them
+    that HMMA reaches; `fma`: cycles for which a warp's fp32 instruction holds its quarter of a multiprocessor."""
+
+    name: str
+    sms: int
+    ghz: float
+    shared: int  # bytes a multiprocessor gives its blocks
+    dram: float  # bytes a second, peak
+    tensor: int
+    mma_sync: float
+    fma: int
+    latency_l2: int  # cycles
+    latency_dram: int
+
+
+GPUS = {
+    80: Gpu("A100", 108, 1.41, 164 << 10, 2.04e12, 1024, 1.0, 2, 260, 560),
+    90: Gpu("H100", 132, 1.70, 228 << 10, 3.35e12, 2048, 0.62, 1, 265, 650),
+}
+ACHIEVABLE = {"dram": 0.90, "l2": 0.75}  # share of the peak that a good copy gets
+L2_WIDTH = 5120  # bytes a clock, all multiprocessors together
+LATENCY = {"mufu": 24, "shfl": 24, "lds": 30, "bar": 20, "wgmma": 30, "sreg": 20, "fence": 20}
+LATENCY |= {"sts": 20, "stg": 20, "cvt": 12, "spill": 40}  # cycles; what is not listed: 6
+LAUNCH = 200  # cycles between the end of a block and the first instruction of the next in its place
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What `estimate` says of one launch; times in microseconds. `bounds`: what each unit needs alone. `replay`: the
+    estimate. `per_score`: thread instructions and multiply-adds for each of `scores`."""
+
+    gpu: str
+    replay: float
+    bounds: dict[str, float]
+    blocks: int  # resident on a multiprocessor
+    warps: int  # of one block
+    bytes_asked: float
+    instructions: float  # of all warps of the launch
+    macs: float
+    guesses: Counter
+
+    def __str__(self) -> str:
+        worst = max(self.bounds, key=self.bounds.get)
+        bounds = ", ".join(f"{name} {us:.1f}" for name, us in self.bounds.items())
+        guessed = f"; {sum(self.guesses.values())} branches guessed" if self.guesses else ""
+        return (
+            f"{self.gpu}: replay {self.replay:.1f} us (an estimate); {self.blocks} blocks of {self.warps} warps; "
+            f"bound {self.bounds[worst]:.1f} by {worst}; alone: {bounds}{guessed}"
+        )
+
+
+def resident(gpu: Gpu, registers: int, shared: int, threads: int) -> int:
+    """Blocks that fit a multiprocessor. Registers are given out by 256 to a warp, and to warps four at a time."""
+    warps = math.ceil(threads / 32)
+    by_registers = 16384 // (math.ceil(registers / 8) * 256) // math.ceil(warps / 4)
+    by_shared = gpu.shared // (math.ceil(shared / 128) * 128 + 1024)
+    return min(by_registers, by_shared, 64 // warps, 32)
+
+
+def cost(x: Instruction, gpu: Gpu, cycles_a_byte: float) -> tuple[str, float]:
+    """The unit an instruction holds, and for how many cycles of one quarter of a multiprocessor."""
+    if x.macs:
+        return "tensor", x.macs / (gpu.tensor / 4) / (gpu.mma_sync if x.kind == "hmma" else 1)
+    if x.kind in ("ldg", "ldgsts", "stg"):
+        return "memory", x.size * cycles_a_byte
+    if x.kind in ("lds", "sts", "shfl"):
+        return "shared", (x.size or 128) / 32
+    held = {"mufu": ("mufu", 8), "fp32": ("fma", gpu.fma), "imad": ("imad", 2), "uniform": ("uniform", 2)}
+    held |= dict.fromkeys(("max", "cvt", "int"), ("alu", 2))
+    return held.get(x.kind, ("none", 0))
+
+
+class _Warp:
+    __slots__ = ("block", "copies", "held", "mma", "part", "path", "pc", "pending", "ready", "scoreboards", "time")
+
+    def __init__(self, block: int, part: int, path: list, time: float) -> None:
+        self.block, self.part, self.path, self.time = block, part, path, time
+        self.pc, self.pending, self.held = 0, 0.0, False  # held: waits for the other warps of its block
+        self.scoreboards = [0.0] * 6
+        self.copies: list[float] = []  # when each group of copies, of wgmma, is there
+        self.mma: list[float] = []
+        self.settle()
+
+    def settle(self) -> None:
+        """When the next instruction may issue, as far as this warp's own past decides."""
+        x, at = self.path[self.pc][0], self.time
+        if x.waits:
+            for board in range(6):
+                if x.waits >> board & 1 and self.scoreboards[board] > at:
+                    at = self.scoreboards[board]
+        if "DEPBAR." in x.op and "LDG" not in x.op:  # all but the newest few groups
+            groups = self.mma if x.op.startswith("WARPGROUP") else self.copies
+            done = groups[: len(groups) - int(x.args.split(",")[1].strip(), 16)]
+            at = max([at, *done])
+        self.ready = at
+
+
+def replay(
+    blocks: Sequence[Sequence[Path]], gpu: Gpu, *, fit: int, per_sm: float, miss: float, cycles_a_byte: float, steps=600_000
+) -> float:
+    """Cycles one multiprocessor needs.
+
+    Args:
+        blocks: for each of several blocks the paths of its warps (a single path: all warps take it). The multiprocessor
+            gets them in turn. Warp w of the k-th block sits on quarter (k * warps + w) % 4.
+        fit: blocks resident at a time.
+        per_sm: blocks the multiprocessor gets in all. Up to five rounds of resident blocks are replayed, fewer for long
+            paths (`steps` instructions in all); the rest follows at the rate of the later rounds.
+        miss: share of memory requests that go beyond L2.
+        cycles_a_byte: of a quarter's share of memory.
+    """
+    costs: dict[int, tuple] = {}
+
+    def priced(path: Path) -> list[tuple[Instruction, str, float]]:
+        if id(path) not in costs:
+            table = {x: cost(x, gpu, cycles_a_byte) for x in set(path.code)}
+            none = ("memory", 0.0)
+            costs[id(path)] = [
+                (x, *(none if i in path.off and table[x][0] == "memory" else table[x])) for i, x in enumerate(path.code)
+            ]
+        return costs[id(path)]
+
+    warps = max(len(block) for block in blocks)
+    same = all(len({id(p) for p in block}) == 1 for block in blocks) and warps % 4 == 0
+    parts = 1 if same else 4  # equal warps: one quarter of the multiprocessor tells of all
+    members = [[priced(p) for p in (block[: warps // 4] if same else block)] for block in blocks]
+    length = sum(len(p) for block in members for p in block) / len(members)
+    total = max(1, math.ceil(per_sm)) if per_sm <= 5 * fit else per_sm
+    rounds = max(2, min(5, int(steps / (length * fit))))
+    limit = int(min(total, rounds * fit))
+
+    latency = {**LATENCY, "ldg": (t := miss * gpu.latency_dram + (1 - miss) * gpu.latency_l2), "ldgsts": t}
+    free = [0.0] * parts
+    pipes: list[dict[str, float]] = [Counter() for _ in range(parts)]
+    ended: list[float] = []
+    live: list[_Warp] = []
+    begun = 0
+
+    def begin(time: float) -> None:
+        nonlocal begun
+        block = members[begun % len(members)]
+        live.extend(_Warp(begun, (begun * warps + w) % parts, path, time) for w, path in enumerate(block))
+        begun += 1
+
+    for k in range(min(fit, math.ceil(total))):
+        begin(float(k))
+    while len(ended) < limit:
+        best, when = None, math.inf
+        for w in live:
+            if not w.held:
+                at = w.ready
+                if (pipe := w.path[w.pc][1]) not in ("memory", "none") and pipes[w.part][pipe] > at:
+                    at = pipes[w.part][pipe]  # memory requests queue, the warp goes on
+                if free[w.part] > at:
+                    at = free[w.part]
+                if at < when:
+                    best, when = w, at
+        w, now = best, when
+        x, pipe, busy = w.path[w.pc]
+        free[w.part] = now + 1
+        done = now + busy + latency.get(x.kind, 6)
+        if pipe != "none":
+            start = max(now, pipes[w.part][pipe])
+            pipes[w.part][pipe] = start + busy
+            done += start - now
+        if x.sets < 6:
+            w.scoreboards[x.sets] = max(w.scoreboards[x.sets], done)
+        if x.reads < 6:
+            w.scoreboards[x.reads] = max(w.scoreboards[x.reads], now + busy + LATENCY["sts"])
+        if x.kind in ("ldgsts", "wgmma"):
+            w.pending = max(w.pending, done)
+        if x.kind == "wgmma" and "gsb" in x.args:
+            w.mma.append(w.pending)
+        elif x.op == "LDGDEPBAR":
+            w.copies.append(w.pending)
+        w.time = now + max(1, x.stall)
+        w.pc += 1
+        over = w.pc == len(w.path)
+        if x.op.startswith("BAR.SYNC") or over:  # here the warps of a block wait for each other
+            w.held, w.time = True, w.time + LATENCY["bar"]
+            mates = [v for v in live if v.block == w.block]
+            if all(v.held for v in mates):
+                meet = max(v.time for v in mates)
+                if all(v.pc == len(v.path) for v in mates):
+                    ended.append(meet)
+                    live = [v for v in live if v.block != w.block]
+                    if begun < total:
+                        begin(meet + LAUNCH)
+                else:  # warps that have ended wait no more
+                    for v in mates:
+                        if v.pc < len(v.path):
+                            v.held, v.time = False, meet
+                            v.settle()
+        else:
+            w.settle()
+    if limit >= total:
+        return ended[-1]
+    rate = (ended[-1] - ended[fit - 1]) / (limit - fit)  # the first round fills the pipeline
+    return ended[-1] + rate * (total - limit)
+
+
+def estimate(
+    kernel: Kernel,
+    launch: Launch,
+    *,
+    dram_bytes: float,
+    l2_bytes: float | None = None,
+    gpu: Gpu | None = None,
+    sample: Iterable[int] | None = None,
+    same_warps: bool = False,
+) -> Estimate:
+    """Walk some blocks of a launch and replay them.
+
+    Args:
+        dram_bytes: what must cross DRAM, whole launch.
+        l2_bytes: what crosses L2, whole launch; default: what the walked blocks ask for, scaled to the grid.
+        gpu: default: that of the kernel's architecture.
+        sample: blocks to walk; default: 12 of the grid, evenly spaced.
+        same_warps: walk one warp of each block for all (Triton without warp specialisation).
+    """
+    gpu = gpu or GPUS[kernel.arch]
+    warps = math.ceil(launch.threads / 32)
+    shared = kernel.shared + launch.shared
+    if not (fit := resident(gpu, kernel.registers, shared, launch.threads)):
+        raise ValueError(
+            f"{kernel.name}: {shared} bytes of shared memory and {kernel.registers} registers do not fit {gpu.name}"
+        )
+    chosen = list(sample) if sample is not None else sorted({launch.grid * k // 12 for k in range(12)})
+    known: dict[tuple, Path] = {}
+
+    def path(block: int, warp: int) -> Path:
+        p = walk(kernel, launch, block, warp)
+        return known.setdefault((tuple(x.pc for x in p.code), frozenset(p.off)), p)
+
+    blocks = [[path(b, 0)] * warps if same_warps else [path(b, w) for w in range(warps)] for b in chosen]
+    scale = launch.grid / len(blocks)
+    paths = [p for block in blocks for p in block]
+    asked = scale * sum(p.bytes_asked for p in paths)
+    moved = asked if l2_bytes is None else l2_bytes
+    dram_rate, l2_rate = gpu.dram * ACHIEVABLE["dram"], L2_WIDTH * gpu.ghz * 1e9 * ACHIEVABLE["l2"]
+    miss = min(1.0, dram_bytes / moved) if moved else 0.0
+
+    busy: Counter = Counter()
+    for p, n in Counter(id(p) for p in paths).items():
+        for x in next(q for q in paths if id(q) == p).code:
+            pipe, cycles = cost(x, gpu, 0)
+            busy[pipe] += n * cycles
+    us = scale / 4 / gpu.sms / gpu.ghz / 1e3
+    issued = sum(len(p.code) for p in paths)
+    bounds = {"DRAM": dram_bytes / dram_rate * 1e6, "L2": moved / l2_rate * 1e6, "issue": issued * us}
+    bounds |= {pipe: busy[pipe] * us for pipe in ("tensor", "mufu", "shared", "alu")}
+
+    seconds_a_byte = moved / asked * max(1 / l2_rate, miss / dram_rate) if asked else 0.0
+    cycles_a_byte = 4 * gpu.sms * gpu.ghz * 1e9 * seconds_a_byte
+    cycles = replay(blocks, gpu, fit=fit, per_sm=launch.grid / gpu.sms, miss=miss, cycles_a_byte=cycles_a_byte)
+    return Estimate(
+        gpu.name,
+        cycles / gpu.ghz / 1e3,
+        bounds,
+        fit,
+        warps,
+        asked,
+        issued * scale,
+        sum(p.macs for p in paths) * scale,
+        sum((p.guesses for p in paths), Counter()),
+    )
