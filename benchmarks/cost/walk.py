@@ -108,7 +108,7 @@ def _reader(text: str) -> Callable[[_Thread], Value]:
         value = int(name, 16) & MASK
         read = lambda t: value  # noqa: E731
     elif name.startswith("SR_"):
-        read = lambda t: t.special.get(name, 0 if "CTAID" in name or "TID" in name else None)  # noqa: E731
+        read = lambda t: t.special.get(name, 0 if "CTA" in name.upper() or "TID" in name else None)  # noqa: E731
     elif text.endswith((".H0_H0", ".H1_H1")):
         return lambda t: None
     else:
@@ -377,6 +377,16 @@ def _compile(x: Instruction) -> Callable[[_Thread], None]:
         return to([args[0]], lambda a, b: _bits(_float(a) * _float(b)), _reader(args[1]), _reader(args[2]))
     if op == "FCHK":  # whether a division needs its slow path; it is called for subnormal numbers and the like
         return to([args[0]], lambda: 0)
+    if op in ("P2R", "R2P") and len(modifiers) == 0:  # some predicates as bits of a register, and back
+        which = [n for n in range(7) if int(args[-1], 16) >> n & 1]
+        if op == "R2P":
+            source = _reader(args[1])
+            return lambda t: t.registers.update((f"P{n}", None if (v := source(t)) is None else v >> n & 1) for n in which)
+        bits = [_reader(f"P{n}") for n in which]
+        rest = _reader(args[2])
+        keep = ~int(args[-1], 16)
+        together = lambda r, *p: r & keep & MASK | sum(b << n for n, b in zip(which, p, strict=True))  # noqa: E731
+        return to([args[0]], together, rest, *bits)
     if op == "PRMT":
         a, table, b = (_reader(v) for v in args[1:4])
 
