@@ -56,7 +56,7 @@ LAUNCH = 200  # cycles between the end of a block and the first instruction of t
 @dataclass(frozen=True)
 class Estimate:
     """What `estimate` says of one launch; times in microseconds. `bounds`: what each unit needs alone. `replay`: the
-    estimate. `per_score`: thread instructions and multiply-adds for each of `scores`."""
+    estimate."""
 
     gpu: str
     replay: float
@@ -67,14 +67,16 @@ class Estimate:
     instructions: float  # of all warps of the launch
     macs: float
     guesses: Counter
+    waits: dict[str, float]  # what warps wait for, shares of their time
 
     def __str__(self) -> str:
         worst = max(self.bounds, key=self.bounds.get)
         bounds = ", ".join(f"{name} {us:.1f}" for name, us in self.bounds.items())
         guessed = f"; {sum(self.guesses.values())} branches guessed" if self.guesses else ""
+        waits = ", ".join(f"{why} {share:.0%}" for why, share in self.waits.items() if share >= 0.03)
         return (
             f"{self.gpu}: replay {self.replay:.1f} us (an estimate); {self.blocks} blocks of {self.warps} warps; "
-            f"bound {self.bounds[worst]:.1f} by {worst}; alone: {bounds}{guessed}"
+            f"bound {self.bounds[worst]:.1f} by {worst}; alone: {bounds}; warps wait for {waits}{guessed}"
         )
 
 
@@ -100,12 +102,15 @@ def cost(x: Instruction, gpu: Gpu, cycles_a_byte: float) -> tuple[str, float]:
 
 
 class _Warp:
-    __slots__ = ("block", "copies", "held", "mma", "part", "path", "pc", "pending", "ready", "scoreboards", "time")
+    __slots__ = ("block", "copies", "held", "issued", "mma", "part", "path", "pc", "pending", "ready", "scoreboards", "setters")
+    __slots__ += ("time", "why")
 
     def __init__(self, block: int, part: int, path: list, time: float) -> None:
         self.block, self.part, self.path, self.time = block, part, path, time
         self.pc, self.pending, self.held = 0, 0.0, False  # held: waits for the other warps of its block
         self.scoreboards = [0.0] * 6
+        self.setters = [""] * 6  # kinds of the instructions that set them
+        self.issued = time
         self.copies: list[float] = []  # when each group of copies, of wgmma, is there
         self.mma: list[float] = []
         self.settle()
@@ -113,21 +118,24 @@ class _Warp:
     def settle(self) -> None:
         """When the next instruction may issue, as far as this warp's own past decides."""
         x, at = self.path[self.pc][0], self.time
+        self.why = "fixed"
         if x.waits:
             for board in range(6):
                 if x.waits >> board & 1 and self.scoreboards[board] > at:
-                    at = self.scoreboards[board]
+                    at, self.why = self.scoreboards[board], self.setters[board]
         if "DEPBAR." in x.op and "LDG" not in x.op:  # all but the newest few groups
             groups = self.mma if x.op.startswith("WARPGROUP") else self.copies
-            done = groups[: len(groups) - int(x.args.split(",")[1].strip(), 16)]
-            at = max([at, *done])
+            done = max(groups[: len(groups) - int(x.args.split(",")[1].strip(), 16)], default=0.0)
+            if done > at:
+                at, self.why = done, "wgmma" if groups is self.mma else "ldgsts"
         self.ready = at
 
 
 def replay(
     blocks: Sequence[Sequence[Path]], gpu: Gpu, *, fit: int, per_sm: float, miss: float, cycles_a_byte: float, steps=600_000
-) -> float:
-    """Cycles one multiprocessor needs.
+) -> tuple[float, dict[str, float]]:
+    """Cycles one multiprocessor needs, and what its warps wait for between two instructions, as shares of their time: the
+    kind of instruction whose result is missing, a busy unit, a barrier, an issue slot, or a latency fixed by the assembler.
 
     Args:
         blocks: for each of several blocks the paths of its warps (a single path: all warps take it). The multiprocessor
@@ -161,6 +169,7 @@ def replay(
     latency = {**LATENCY, "ldg": (t := miss * gpu.latency_dram + (1 - miss) * gpu.latency_l2), "ldgsts": t}
     free = [0.0] * parts
     pipes: list[dict[str, float]] = [Counter() for _ in range(parts)]
+    waits: Counter = Counter()
     ended: list[float] = []
     live: list[_Warp] = []
     begun = 0
@@ -174,17 +183,19 @@ def replay(
     for k in range(min(fit, math.ceil(total))):
         begin(float(k))
     while len(ended) < limit:
-        best, when = None, math.inf
+        best, when, reason = None, math.inf, ""
         for w in live:
             if not w.held:
-                at = w.ready
+                at, why = w.ready, w.why
                 if (pipe := w.path[w.pc][1]) not in ("memory", "none") and pipes[w.part][pipe] > at:
-                    at = pipes[w.part][pipe]  # memory requests queue, the warp goes on
+                    at, why = pipes[w.part][pipe], f"unit {pipe}"  # memory requests queue, the warp goes on
                 if free[w.part] > at:
-                    at = free[w.part]
+                    at, why = free[w.part], "issue"
                 if at < when:
-                    best, when = w, at
+                    best, when, reason = w, at, why
         w, now = best, when
+        waits[reason] += now - w.issued
+        w.issued = now
         x, pipe, busy = w.path[w.pc]
         free[w.part] = now + 1
         done = now + busy + latency.get(x.kind, 6)
@@ -192,10 +203,9 @@ def replay(
             start = max(now, pipes[w.part][pipe])
             pipes[w.part][pipe] = start + busy
             done += start - now
-        if x.sets < 6:
-            w.scoreboards[x.sets] = max(w.scoreboards[x.sets], done)
-        if x.reads < 6:
-            w.scoreboards[x.reads] = max(w.scoreboards[x.reads], now + busy + LATENCY["sts"])
+        for board, until in ((x.sets, done), (x.reads, now + busy + LATENCY["sts"])):
+            if board < 6 and until > w.scoreboards[board]:
+                w.scoreboards[board], w.setters[board] = until, x.kind
         if x.kind in ("ldgsts", "wgmma"):
             w.pending = max(w.pending, done)
         if x.kind == "wgmma" and "gsb" in x.args:
@@ -218,14 +228,16 @@ def replay(
                 else:  # warps that have ended wait no more
                     for v in mates:
                         if v.pc < len(v.path):
-                            v.held, v.time = False, meet
+                            waits["barrier"] += meet - v.issued
+                            v.held, v.time, v.issued = False, meet, meet
                             v.settle()
         else:
             w.settle()
+    shares = {why: cycles / sum(waits.values()) for why, cycles in waits.most_common()}
     if limit >= total:
-        return ended[-1]
+        return ended[-1], shares
     rate = (ended[-1] - ended[fit - 1]) / (limit - fit)  # the first round fills the pipeline
-    return ended[-1] + rate * (total - limit)
+    return ended[-1] + rate * (total - limit), shares
 
 
 def estimate(
@@ -244,7 +256,7 @@ def estimate(
         dram_bytes: what must cross DRAM, whole launch.
         l2_bytes: what crosses L2, whole launch; default: what the walked blocks ask for, scaled to the grid.
         gpu: default: that of the kernel's architecture.
-        sample: blocks to walk; default: 12 of the grid, evenly spaced.
+        sample: blocks to walk; default: 12, spread over the grid by the golden ratio.
         same_warps: walk one warp of each block for all (Triton without warp specialisation).
     """
     gpu = gpu or GPUS[kernel.arch]
@@ -254,7 +266,7 @@ def estimate(
         raise ValueError(
             f"{kernel.name}: {shared} bytes of shared memory and {kernel.registers} registers do not fit {gpu.name}"
         )
-    chosen = list(sample) if sample is not None else sorted({launch.grid * k // 12 for k in range(12)})
+    chosen = list(sample) if sample is not None else sorted({int(launch.grid * (k * 0.618034 % 1)) for k in range(12)})
     known: dict[tuple, Path] = {}
 
     def path(block: int, warp: int) -> Path:
@@ -281,7 +293,7 @@ def estimate(
 
     seconds_a_byte = moved / asked * max(1 / l2_rate, miss / dram_rate) if asked else 0.0
     cycles_a_byte = 4 * gpu.sms * gpu.ghz * 1e9 * seconds_a_byte
-    cycles = replay(blocks, gpu, fit=fit, per_sm=launch.grid / gpu.sms, miss=miss, cycles_a_byte=cycles_a_byte)
+    cycles, waits = replay(blocks, gpu, fit=fit, per_sm=launch.grid / gpu.sms, miss=miss, cycles_a_byte=cycles_a_byte)
     return Estimate(
         gpu.name,
         cycles / gpu.ghz / 1e3,
@@ -292,4 +304,5 @@ def estimate(
         issued * scale,
         sum(p.macs for p in paths) * scale,
         sum((p.guesses for p in paths), Counter()),
+        waits,
     )

@@ -72,10 +72,12 @@ def _bits(x: float) -> int:
 
 
 class _Thread:
-    """One thread's registers, predicates and constant bank; unknown until written."""
+    """One thread's registers, predicates and constant bank. What nobody has written is 0: the assembler packs predicates
+    into bits of a register whose other bits it never sets."""
 
     def __init__(self, kernel: Kernel, launch: Launch, block: int, thread: int) -> None:
-        self.registers: dict[str, Value] = {"RZ": 0, "URZ": 0, "SRZ": 0, "PT": 1, "UPT": 1}
+        names = [f"{kind}{n}" for kind, count in (("R", 255), ("UR", 63), ("P", 7), ("UP", 7)) for n in range(count)]
+        self.registers: dict[str, Value] = dict.fromkeys([*names, "RZ", "URZ", "SRZ"], 0) | {"PT": 1, "UPT": 1}
         self.special = {"SR_CTAID.X": block, "SR_TID.X": thread, "SR_LANEID": thread % 32}
         bank = bytearray(0x1000)
         struct.pack_into("<6I", bank, 0, launch.threads, 1, 1, launch.grid, 1, 1)
@@ -472,7 +474,8 @@ def walk(kernel: Kernel, launch: Launch, block: int = 0, warp: int = 0) -> Path:
                 # Forward: not taken, unless it leads past a call, which is the slow path of a division.
                 over = code[i + 1 : at[target(x)]] if op == "BRA" else ()
                 guard = int(any(y.op.startswith("CALL") for y in over))
-                path.guesses[x.pc] += 1 - guard
+                if not guard:
+                    path.guesses[x.pc] += 1
             if guard:
                 if op == "EXIT":
                     return path
