@@ -1,0 +1,203 @@
+"""Bytes, products and exponentials of the kernels, counted while Triton's interpreter runs them.
+
+Every load and store of every program is seen, lanes that are masked off are not counted. Programs of different (batch,
+head) do the same, so one pair is interpreted at the real T and N, and all counts are for that pair. Values play no part:
+the counts of bfloat16, which the interpreter multiplies wrongly, are those of float16.
+
+`count` is the context manager behind it; `counted` runs it in a process of its own. For kernels in CUDA C++, whose
+emulation counts for itself, `from_emulation` makes the same rows of the emulation's report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .cases import Case, in_other_process
+
+
+@dataclass
+class Work:
+    """What one launch did. Bytes asked for (`read`, `written`), the different ones among them by tensor, the summary tokens'
+    keys and values read again after the first time (part of `read`), multiply-adds, exponentials."""
+
+    kernel: str
+    direction: str
+    read: int = 0
+    written: int = 0
+    distinct_read: dict[str, int] = field(default_factory=dict)
+    distinct_written: dict[str, int] = field(default_factory=dict)
+    summary_again: int = 0
+    macs: int = 0
+    exponentials: int = 0
+
+    @property
+    def asked(self) -> int:
+        return self.read + self.written
+
+    @property
+    def distinct(self) -> int:
+        """What must cross DRAM once if L2 catches everything that the launch reads again."""
+        return sum(self.distinct_read.values()) + sum(self.distinct_written.values())
+
+
+class _Tensor:
+    """How often each element of a tensor argument was read and written."""
+
+    def __init__(self, name: str, tensor) -> None:
+        self.name, self.size = name, tensor.element_size()
+        self.start = tensor.data_ptr()
+        self.end = self.start + self.size * (1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)))
+        self.reads, self.writes = (np.zeros((self.end - self.start) // self.size, np.int32) for _ in range(2))
+
+
+class _Counter:
+    def __init__(self) -> None:
+        self.launches: list[tuple[Work, list[_Tensor]]] = []
+
+    def touch(self, kind: str, pointers: np.ndarray, mask: np.ndarray) -> None:
+        work, tensors = self.launches[-1]
+        addresses = np.broadcast_to(pointers, np.broadcast_shapes(pointers.shape, mask.shape))
+        addresses = addresses[np.broadcast_to(mask, addresses.shape).astype(bool)]
+        if not addresses.size:
+            return
+        first = int(addresses.flat[0])
+        tensor = next((t for t in tensors if t.start <= first < t.end), None)
+        if tensor is None:
+            raise ValueError(f"{work.kernel} touches {first:#x}, which belongs to none of its tensors")
+        at = (addresses.astype(np.int64) - tensor.start) // tensor.size
+        if at.min() < 0 or at.max() >= tensor.reads.size:
+            raise ValueError(f"{work.kernel} touches memory outside of {tensor.name}")
+        np.add.at(tensor.reads if kind == "read" else tensor.writes, at, 1)
+        setattr(work, "read" if kind == "read" else "written", getattr(work, "read" if kind == "read" else "written") + at.size * tensor.size)
+
+
+@contextmanager
+def count() -> Iterator[list[tuple[Work, list[_Tensor]]]]:
+    """Count what kernels that are interpreted inside of this context do: a list that gets an entry a launch.
+
+    Raises:
+        RuntimeError: this process compiles kernels (TRITON_INTERPRET was not set when Triton was imported).
+    """
+    import triton
+    from triton.runtime import interpreter
+
+    if not triton.knobs.runtime.interpret:
+        raise RuntimeError("Triton compiles in this process; set TRITON_INTERPRET=1 before the kernels are imported")
+    counter, builder, executor = _Counter(), interpreter.InterpreterBuilder, interpreter.GridExecutor
+    originals = {name: getattr(builder, name) for name in ("create_masked_load", "create_masked_store", "create_dot")}
+    originals |= {name: getattr(builder, name) for name in ("create_exp2", "create_exp")}
+    prepare = executor._init_args_hst
+
+    def load(self, ptrs, mask, *args, **kwargs):
+        counter.touch("read", ptrs.data, mask.data)
+        return originals["create_masked_load"](self, ptrs, mask, *args, **kwargs)
+
+    def store(self, ptrs, value, mask, *args, **kwargs):
+        counter.touch("written", ptrs.data, mask.data)
+        return originals["create_masked_store"](self, ptrs, value, mask, *args, **kwargs)
+
+    def dot(self, a, b, *args, **kwargs):
+        counter.launches[-1][0].macs += a.data.size * b.data.shape[-1]
+        return originals["create_dot"](self, a, b, *args, **kwargs)
+
+    def exponential(name):
+        def run(self, arg):
+            counter.launches[-1][0].exponentials += arg.data.size
+            return originals[name](self, arg)
+
+        return run
+
+    def launch(self, args, kwargs):
+        host = prepare(self, args, kwargs)
+        named = {**dict(zip(self.arg_names, host[0], strict=False)), **host[1]}
+        tensors = [_Tensor(name, t) for name, t in named.items() if hasattr(t, "data_ptr")]
+        counter.launches.append((Work(self.fn.__name__, ""), tensors))
+        return host
+
+    patches = {"create_masked_load": load, "create_masked_store": store, "create_dot": dot}
+    patches |= {name: exponential(name) for name in ("create_exp2", "create_exp")}
+    try:
+        for name, function in patches.items():
+            setattr(builder, name, function)
+        executor._init_args_hst = launch
+        yield counter.launches
+    finally:
+        for name, function in originals.items():
+            setattr(builder, name, function)
+        executor._init_args_hst = prepare
+
+
+def count_case(case: Case) -> list[Work]:
+    """The launches of one (batch, head) of a case, forward then backward, in their order."""
+    from vidla_kernels import tiles
+
+    tiles.DEFAULT_ARCH = case.arch
+    one = dataclasses.replace(case, B=1, H=1)
+    rows = []
+    for direction, call in one.host_calls("cpu", "float32" if case.dtype == "float32" else "float16"):
+        with count() as launches:
+            call()
+        for work, tensors in launches:
+            work.direction = direction
+            for t in tensors:
+                if n := int((t.reads > 0).sum()):
+                    work.distinct_read[t.name] = n * t.size
+                if n := int((t.writes > 0).sum()):
+                    work.distinct_written[t.name] = n * t.size
+                if t.name == "p_qkv" and case.op == "hierarchical":
+                    keys = t.reads.reshape(one.tokens, 3, one.D)[: one.layout.num_summary, 1:]
+                    work.summary_again += int(np.maximum(keys - 1, 0).sum()) * t.size
+            rows.append(work)
+    return rows
+
+
+def counted(cases: Sequence[Case]) -> list[list[Work]]:
+    """`count_case` of each case, in a process that interprets."""
+    return [[Work(**row) for row in rows] for rows in in_other_process("benchmarks.cost.traffic", cases, interpret=True)]
+
+
+def from_emulation(report: dict, case: Case, direction: str) -> list[Work]:
+    """The same of a kernel in CUDA C++, from the emulation's report of a call with `case.B` and `case.H`.
+
+    Per (batch, head). The report knows the bytes of a kernel, and the different bytes of a tensor over all kernels of the
+    call, which here stand with the kernel that moves most.
+    """
+    heads = case.B * case.H
+    rows = [
+        Work(
+            name,
+            direction,
+            read=k["global_read"] // heads,
+            written=k["global_written"] // heads,
+            macs=k["mma"] * 16 * 8 * 16 // heads,
+            exponentials=k["exp2"] // heads,
+        )
+        for name, k in report["kernels"].items()
+    ]
+    most = max(rows, key=lambda work: work.asked)
+    for name, b in report["buffers"].items():
+        if b["distinct_read"]:
+            most.distinct_read[name] = b["distinct_read"] // heads
+        if b["distinct_written"]:
+            most.distinct_written[name] = b["distinct_written"] // heads
+    if case.op == "hierarchical":
+        layout = case.layout
+        keys = 2 * (layout.num_summary - layout.first_key_of_patches) * case.D * 2
+        most.summary_again = min((layout.frames - 1) * keys, sum(w.read for w in rows) - sum(most.distinct_read.values()))
+    return rows
+
+
+def main() -> None:
+    cases = [Case(**case) for case in json.load(sys.stdin)["cases"]]
+    json.dump([[dataclasses.asdict(work) for work in count_case(case)] for case in cases], sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
