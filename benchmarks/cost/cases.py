@@ -15,9 +15,19 @@ PASSES = {"fwd": 4, "bwd": 7}  # units that must move: q, k, v in and the output
 PRODUCTS = {"fwd": 2, "bwd": 5}  # D multiply-adds a needed score: S and O; S, dP, dQ, dK and dV
 
 
+SHAPES = {  # T, N, H of the towers that are reported, U-V-r 3-4-2
+    "B/32 T=12": {"T": 12, "N": 49, "H": 12},
+    "B/16 T=12": {"T": 12, "N": 196, "H": 12},
+    "L/14 T=12": {"T": 12, "N": 256, "H": 16},
+    "B/32 T=32": {"T": 32, "N": 49, "H": 12},
+    "B/16 T=32": {"T": 32, "N": 196, "H": 12},
+}
+
+
 @dataclass(frozen=True)
 class Case:
-    """An attention ("tube" or "hierarchical") at a shape, for an architecture (80, 90) whose tiles are taken."""
+    """An attention ("tube" or "hierarchical") at a shape, for an architecture (80, 90) whose tiles are taken, by a backend
+    ("triton" or "cuda")."""
 
     op: str
     arch: int
@@ -30,6 +40,7 @@ class Case:
     U: int = 3
     V: int = 4
     r: int = 2
+    backend: str = "triton"
 
     @property
     def layout(self):

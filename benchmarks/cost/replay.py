@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .sass import Instruction, Kernel
-from .walk import Launch, Path, walk
+from .walk import Launch, Path, Walked, follow
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,14 @@ class Estimate:
     bounds: dict[str, float]
     blocks: int  # resident on a multiprocessor
     warps: int  # of one block
-    bytes_asked: float
-    instructions: float  # of all warps of the launch
-    macs: float
-    guesses: Counter
+    walked: Walked
     waits: dict[str, float]  # what warps wait for, shares of their time
 
     def __str__(self) -> str:
         worst = max(self.bounds, key=self.bounds.get)
         bounds = ", ".join(f"{name} {us:.1f}" for name, us in self.bounds.items())
-        guessed = f"; {sum(self.guesses.values())} branches guessed" if self.guesses else ""
+        guesses = sum(self.walked.guesses.values())
+        guessed = f"; {guesses} branches guessed" if guesses else ""
         waits = ", ".join(f"{why} {share:.0%}" for why, share in self.waits.items() if share >= 0.03)
         return (
             f"{self.gpu}: replay {self.replay:.1f} us (an estimate); {self.blocks} blocks of {self.warps} warps; "
@@ -247,62 +245,38 @@ def estimate(
     dram_bytes: float,
     l2_bytes: float | None = None,
     gpu: Gpu | None = None,
-    sample: Iterable[int] | None = None,
-    same_warps: bool = False,
+    walked: Walked | None = None,
 ) -> Estimate:
-    """Walk some blocks of a launch and replay them.
+    """Replay some blocks of a launch.
 
     Args:
         dram_bytes: what must cross DRAM, whole launch.
         l2_bytes: what crosses L2, whole launch; default: what the walked blocks ask for, scaled to the grid.
         gpu: default: that of the kernel's architecture.
-        sample: blocks to walk; default: 12, spread over the grid by the golden ratio.
-        same_warps: walk one warp of each block for all (Triton without warp specialisation).
+        walked: what `walk.follow` found; default: found here.
     """
     gpu = gpu or GPUS[kernel.arch]
-    warps = math.ceil(launch.threads / 32)
     shared = kernel.shared + launch.shared
     if not (fit := resident(gpu, kernel.registers, shared, launch.threads)):
         raise ValueError(
             f"{kernel.name}: {shared} bytes of shared memory and {kernel.registers} registers do not fit {gpu.name}"
         )
-    chosen = list(sample) if sample is not None else sorted({int(launch.grid * (k * 0.618034 % 1)) for k in range(12)})
-    known: dict[tuple, Path] = {}
-
-    def path(block: int, warp: int) -> Path:
-        p = walk(kernel, launch, block, warp)
-        return known.setdefault((tuple(x.pc for x in p.code), frozenset(p.off)), p)
-
-    blocks = [[path(b, 0)] * warps if same_warps else [path(b, w) for w in range(warps)] for b in chosen]
-    scale = launch.grid / len(blocks)
-    paths = [p for block in blocks for p in block]
-    asked = scale * sum(p.bytes_asked for p in paths)
-    moved = asked if l2_bytes is None else l2_bytes
+    walked = walked or follow(kernel, launch)
+    moved = walked.bytes_asked if l2_bytes is None else l2_bytes
     dram_rate, l2_rate = gpu.dram * ACHIEVABLE["dram"], L2_WIDTH * gpu.ghz * 1e9 * ACHIEVABLE["l2"]
     miss = min(1.0, dram_bytes / moved) if moved else 0.0
 
     busy: Counter = Counter()
-    for p, n in Counter(id(p) for p in paths).items():
-        for x in next(q for q in paths if id(q) == p).code:
-            pipe, cycles = cost(x, gpu, 0)
-            busy[pipe] += n * cycles
-    us = scale / 4 / gpu.sms / gpu.ghz / 1e3
-    issued = sum(len(p.code) for p in paths)
-    bounds = {"DRAM": dram_bytes / dram_rate * 1e6, "L2": moved / l2_rate * 1e6, "issue": issued * us}
+    for x, times in walked.executed.items():
+        pipe, cycles = cost(x, gpu, 0)
+        busy[pipe] += times * cycles
+    us = 1 / 4 / gpu.sms / gpu.ghz / 1e3
+    bounds = {"DRAM": dram_bytes / dram_rate * 1e6, "L2": moved / l2_rate * 1e6, "issue": walked.instructions * us}
     bounds |= {pipe: busy[pipe] * us for pipe in ("tensor", "mufu", "shared", "alu")}
 
-    seconds_a_byte = moved / asked * max(1 / l2_rate, miss / dram_rate) if asked else 0.0
+    seconds_a_byte = moved / walked.bytes_asked * max(1 / l2_rate, miss / dram_rate) if walked.bytes_asked else 0.0
     cycles_a_byte = 4 * gpu.sms * gpu.ghz * 1e9 * seconds_a_byte
-    cycles, waits = replay(blocks, gpu, fit=fit, per_sm=launch.grid / gpu.sms, miss=miss, cycles_a_byte=cycles_a_byte)
-    return Estimate(
-        gpu.name,
-        cycles / gpu.ghz / 1e3,
-        bounds,
-        fit,
-        warps,
-        asked,
-        issued * scale,
-        sum(p.macs for p in paths) * scale,
-        sum((p.guesses for p in paths), Counter()),
-        waits,
-    )
+    cycles, waits = replay(walked.blocks, gpu, fit=fit, per_sm=launch.grid / gpu.sms, miss=miss, cycles_a_byte=cycles_a_byte)
+    # Stores at the very end of the replay may still be under way; the bounds hold nevertheless.
+    us = max(cycles / gpu.ghz / 1e3, *bounds.values())
+    return Estimate(gpu.name, us, bounds, fit, math.ceil(launch.threads / 32), walked, waits)

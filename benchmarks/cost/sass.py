@@ -26,7 +26,7 @@ KINDS = [
     ("mufu", r"MUFU"),
     ("fp32", r"FFMA|FADD|FMUL|HFMA2|HADD2|HMUL2"),
     ("max", r"FMNMX|FSETP|FSEL"),
-    ("cvt", r"F2F\b|I2F|F2I"),
+    ("cvt", r"F2F|I2F|F2I"),
     ("shfl", r"SHFL|MATCH|VOTE|REDUX"),
     ("lds", r"LDSM?\b"),
     ("sts", r"STSM?\b"),
@@ -143,12 +143,13 @@ def parse(sass: str) -> tuple[Instruction, ...]:
     return tuple(code)
 
 
-def load(cubin: bytes | str | Path, pattern: str = "") -> list[Kernel]:
+def load(cubin: bytes | str | Path, pattern: str = "", *, code: bool = True) -> list[Kernel]:
     """The kernels of a cubin whose (mangled) name `pattern` is found in.
 
     Args:
         cubin: the file, or its contents.
         pattern: regular expression, searched in the name.
+        code: False leaves the instructions out, which takes a tenth of the time.
 
     Raises:
         ValueError: no such kernel; the message names those that there are.
@@ -158,19 +159,21 @@ def load(cubin: bytes | str | Path, pattern: str = "") -> list[Kernel]:
             copy.write(cubin)
             copy.flush()
             cubin = copy.name
-        sass, usage = (
-            subprocess.run([tool("cuobjdump"), flag, str(cubin)], capture_output=True, text=True, check=True).stdout
-            for flag in ("-sass", "-res-usage")
-        )
-    arch = int(re.search(r"code for sm_(\d+)", sass)[1])
-    rows = re.findall(r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
-    used = {name: tuple(map(int, numbers)) for name, *numbers in rows}
-    if arch >= 90:  # there the kilobyte that the system keeps of every block is counted in
-        used = {name: (registers, stack, max(0, shared - 1024)) for name, (registers, stack, shared) in used.items()}
-    found = [Kernel(name, arch, *used[name], parse(text)) for name, text in FUNCTION.findall(sass) if re.search(pattern, name)]
-    if not found:
-        raise ValueError(f"no kernel matches {pattern!r}; there are {', '.join(used) or 'none'}")
-    return found
+        command = [tool("cuobjdump"), *(["-sass"] if code else []), "-res-usage", str(cubin)]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = re.findall(r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)", listing)
+    texts = dict(FUNCTION.findall(listing))
+    arch = int(found[1]) if (found := re.search(r"code for sm_(\d+)", listing)) else 0
+    kernels = []
+    for name, *numbers in used:
+        if re.search(pattern, name):
+            registers, stack, shared = map(int, numbers)
+            if arch >= 90:  # there the kilobyte that the system keeps of every block is counted in
+                shared = max(0, shared - 1024)
+            kernels.append(Kernel(name, arch, registers, stack, shared, parse(texts.get(name, ""))))
+    if not kernels:
+        raise ValueError(f"no kernel matches {pattern!r}; there are {', '.join(name for name, *_ in used) or 'none'}")
+    return kernels
 
 
 def mix(code: Iterable[Instruction]) -> dict[str, int]:

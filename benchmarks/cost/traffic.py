@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -75,7 +77,7 @@ class _Counter:
         if at.min() < 0 or at.max() >= tensor.reads.size:
             raise ValueError(f"{work.kernel} touches memory outside of {tensor.name}")
         np.add.at(tensor.reads if kind == "read" else tensor.writes, at, 1)
-        setattr(work, "read" if kind == "read" else "written", getattr(work, "read" if kind == "read" else "written") + at.size * tensor.size)
+        setattr(work, kind, getattr(work, kind) + at.size * tensor.size)
 
 
 @contextmanager
@@ -196,7 +198,8 @@ def from_emulation(report: dict, case: Case, direction: str) -> list[Work]:
 
 def main() -> None:
     cases = [Case(**case) for case in json.load(sys.stdin)["cases"]]
-    json.dump([[dataclasses.asdict(work) for work in count_case(case)] for case in cases], sys.stdout)
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        json.dump([[dataclasses.asdict(work) for work in works] for works in pool.map(count_case, cases)], sys.stdout)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from .sass import CLASS_OF, Instruction, Kernel, target
 
@@ -377,6 +378,12 @@ def _compile(x: Instruction) -> Callable[[_Thread], None]:
         return to([args[0]], lambda a: int(_float(a)) & MASK if abs(_float(a)) < 2**32 else None, _reader(args[1]))
     if op == "FMUL":
         return to([args[0]], lambda a, b: _bits(_float(a) * _float(b)), _reader(args[1]), _reader(args[2]))
+    if op == "HFMA2" and args[1].endswith("RZ") and args[2] == "RZ":  # how a constant gets into a register on another unit
+        try:
+            high, low = (int.from_bytes(struct.pack("<e", float(a)), "little") for a in args[3:5])
+        except (ValueError, OverflowError):
+            return to([args[0]], lambda: None)
+        return to([args[0]], lambda: high << 16 | low)
     if op == "FCHK":  # whether a division needs its slow path; it is called for subnormal numbers and the like
         return to([args[0]], lambda: 0)
     if op in ("P2R", "R2P") and len(modifiers) == 0:  # some predicates as bits of a register, and back
@@ -505,3 +512,56 @@ def walk(kernel: Kernel, launch: Launch, block: int = 0, warp: int = 0) -> Path:
 
 
 _EFFECTS: dict[Kernel, list] = {}
+
+
+@dataclass
+class Walked:
+    """The paths of some blocks of a launch, equal ones being one object, and what follows for the whole launch."""
+
+    blocks: list[list[Path]]
+    scale: float  # blocks of the grid for each one walked
+
+    @cached_property
+    def executed(self) -> Counter:
+        """Instruction -> how often warps execute it."""
+        times: Counter = Counter()
+        paths = {id(p): p for block in self.blocks for p in block}
+        for key, n in Counter(id(p) for block in self.blocks for p in block).items():
+            for x in paths[key].code:
+                times[x] += n * self.scale
+        return times
+
+    @property
+    def instructions(self) -> float:
+        return sum(self.executed.values())
+
+    @property
+    def macs(self) -> float:
+        return sum(x.macs * n for x, n in self.executed.items() if x.macs)
+
+    @property
+    def bytes_asked(self) -> float:
+        return self.scale * sum(p.bytes_asked for block in self.blocks for p in block)
+
+    @property
+    def guesses(self) -> Counter:
+        return sum((p.guesses for block in self.blocks for p in block), Counter())
+
+
+def follow(kernel: Kernel, launch: Launch, *, blocks: int = 12, same_warps: bool = False) -> Walked:
+    """Walk some blocks of a launch.
+
+    Args:
+        blocks: how many, spread over the grid by the golden ratio, so that no period of the grid is favoured.
+        same_warps: walk one warp of each block for all (Triton without warp specialisation).
+    """
+    warps = -(-launch.threads // 32)
+    known: dict[tuple, Path] = {}
+
+    def path(block: int, warp: int) -> Path:
+        p = walk(kernel, launch, block, warp)
+        return known.setdefault((tuple(x.pc for x in p.code), frozenset(p.off)), p)
+
+    chosen = sorted({int(launch.grid * (k * 0.618034 % 1)) for k in range(blocks)})
+    paths = [[path(b, 0)] * warps if same_warps else [path(b, w) for w in range(warps)] for b in chosen]
+    return Walked(paths, launch.grid / len(paths))

@@ -4,74 +4,52 @@ fp16 takes the rows of bf16 in the tile table, and the same instructions at the 
 Compiling is minutes of work the first time; Triton's cache on disk makes the next run seconds.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
+from benchmarks.cost.cases import Case
+from benchmarks.cost.resources import SHARED_LIMIT, Compiled, compiled
 from vidla_kernels import tiles
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may have (CUDA C++ Programming Guide, compute capabilities)
 # (T, N) of every shape class. Tubes: up to 16, 32, 64, 128 rows, and beyond. Frames: B/32's 49 patches, B/16's 196.
 SHAPES = {"tube": ((12, 49), (24, 49), (48, 49), (96, 49), (192, 49)), "hierarchical": ((12, 49), (12, 196))}
 KINDS = [(dtype, D) for dtype in ("bfloat16", "float32") for D in tiles.HEAD_DIMS] + [("float16", 64)]
 
 
-def compile_cases(cases: list[dict]) -> list[dict]:
-    """One row a launch, from a process of its own: Triton compiles nothing where it interprets."""
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.aot"],
-        input=json.dumps(cases),
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
-
-
-def case(family: str, arch: int, dtype: str, D: int, *, B: int = 2, T: int = 12, N: int = 49, H: int = 12) -> dict:
-    return {"family": family, "arch": arch, "dtype": dtype, "D": D, "B": B, "T": T, "N": N, "H": H}
-
-
 @pytest.fixture(scope="module")
-def shipped() -> list[dict]:
-    """What all shipped configurations cost, compiled by two processes at a time."""
-    return compile_cases(
-        [
-            case(family, arch, dtype, D, T=T, N=N)
-            for family, shapes in SHAPES.items()
-            for arch in SHARED_LIMIT
-            for dtype, D in KINDS
-            for T, N in shapes
-        ]
-    )
+def shipped() -> list[tuple[Case, Compiled]]:
+    """All launches of all shipped configurations, compiled by two processes at a time."""
+    cases = [
+        Case(op, arch, T, N, B=2, D=D, dtype=dtype)
+        for op, shapes in SHAPES.items()
+        for arch in SHARED_LIMIT
+        for dtype, D in KINDS
+        for T, N in shapes
+    ]
+    return [(case, row) for case, rows in zip(cases, compiled(cases), strict=True) for row in rows]
 
 
 @pytest.mark.parametrize(("dtype", "D"), KINDS)
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
-@pytest.mark.parametrize("family", SHAPES)
-def test_nothing_spills_and_shared_memory_fits(shipped: list[dict], family: str, arch: int, dtype: str, D: int) -> None:
-    wanted = {"family": family, "arch": arch, "dtype": dtype, "D": D}
-    rows = [row for row in shipped if wanted.items() <= row.items()]
-    wrong = [row for row in rows if row["spill"] or row["shared"] > SHARED_LIMIT[arch]]
-    columns = ("kernel", "T", "N", "rows", "warps", "registers", "spill", "shared")
-    table = "\n".join(", ".join(f"{name} {row[name]}" for name in columns) for row in wrong)
+@pytest.mark.parametrize("op", SHAPES)
+def test_nothing_spills_and_shared_memory_fits(shipped, op: str, arch: int, dtype: str, D: int) -> None:
+    rows = [(case, row) for case, row in shipped if (case.op, case.arch, case.dtype, case.D) == (op, arch, dtype, D)]
+    wrong = [(case, row) for case, row in rows if row.stack or row.shared > SHARED_LIMIT[arch]]
+    table = "\n".join(
+        f"{row.kernel}, T {case.T}, N {case.N}, {row.options}, {row.warps} warps: {row.registers} registers, {row.stack} bytes "
+        f"of stack, {row.shared} of shared memory"
+        for case, row in wrong
+    )
     assert rows, "nothing was compiled"
     assert not wrong, f"{len(wrong)} of {len(rows)} launches spill or need more than {SHARED_LIMIT[arch]} bytes:\n{table}"
 
 
-def test_every_tile_of_the_packed_kernels_is_compiled(shipped: list[dict]) -> None:
-    compiled = {(row["kernel"], row["arch"], row["dtype"], row["D"], row["rows"], row["warps"]) for row in shipped}
+def test_every_tile_of_the_packed_kernels_is_compiled(shipped) -> None:
+    made = {(row.kernel, case.arch, case.dtype, case.D, row.options["ROWS"], row.warps) for case, row in shipped}
     for arch in SHARED_LIMIT:
         for dtype, D in KINDS:
             for kernel, name in (("tube_forward", "forward_packed"), ("tube_backward", "backward_packed")):
                 choice = tiles.TABLE[kernel, arch, "fp32" if dtype == "float32" else "half", D]
-                assert {(name, arch, dtype, D, tile.rows, tile.warps) for tile in choice} <= compiled
+                assert {(name, arch, dtype, D, tile.rows, tile.warps) for tile in choice} <= made
 
 
 # What is a runtime value: B everywhere, T within a shape class, and in tube attention also N and H.
@@ -81,10 +59,15 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("family", SHAPES)
-def test_other_sizes_compile_nothing_new(family: str) -> None:
-    sizes = [{}, *SIZES[family], *({"B": B} for B in (1, 16, 33))]
-    rows = compile_cases([case(family, 90, "float16", 32, **size) for size in sizes])
-    first = {}  # by kernel, the row of the base size
-    new = [row for row in rows if first.setdefault(row["kernel"], row)["hash"] != row["hash"]]
-    assert not new, [(row["kernel"], *(f"{name}={row[name]}" for name in "BTNH")) for row in new]
+@pytest.mark.parametrize("op", SHAPES)
+def test_other_sizes_compile_nothing_new(op: str) -> None:
+    sizes = [{}, *SIZES[op], *({"B": B} for B in (1, 16, 33))]
+    cases = [Case(op, 90, **({"T": 12, "N": 49, "B": 2, "D": 32, "dtype": "float16"} | size)) for size in sizes]
+    first = {}  # by kernel, the digest at the base size
+    new = [
+        (row.kernel, size)
+        for size, rows in zip(sizes, compiled(cases), strict=True)
+        for row in rows
+        if first.setdefault(row.kernel, row.digest) != row.digest
+    ]
+    assert not new, new
