@@ -1,8 +1,9 @@
 """Bytes, products and exponentials of the kernels, counted while Triton's interpreter runs them.
 
-Every load and store of every program is seen, lanes that are masked off are not counted. Programs of different (batch,
-head) do the same, so one pair is interpreted at the real T and N, and all counts are for that pair. Values play no part:
-the counts of bfloat16, which the interpreter multiplies wrongly, are those of float16.
+Every load and store is seen, lanes that are masked off are not counted. The host functions run at the real shape, so they
+choose what they would choose on a GPU, but programs of different (batch, head) do the same: only those of the first pair are
+interpreted, and all counts are for that pair. Values play no part: the counts of bfloat16, which the interpreter multiplies
+wrongly, are those of float16.
 
 `count` is the context manager behind it; `counted` runs it in a process of its own. For kernels in CUDA C++, whose
 emulation counts for itself, `from_emulation` makes the same rows of the emulation's report.
@@ -57,6 +58,10 @@ class _Tensor:
         self.start = tensor.data_ptr()
         self.end = self.start + self.size * (1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)))
         self.reads, self.writes = (np.zeros((self.end - self.start) // self.size, np.int32) for _ in range(2))
+        self.touched = 0  # elements beyond this one were not touched
+
+    def distinct(self, counts: np.ndarray) -> int:
+        return int(np.count_nonzero(counts[: self.touched])) * self.size
 
 
 class _Counter:
@@ -76,13 +81,17 @@ class _Counter:
         at = (addresses.astype(np.int64) - tensor.start) // tensor.size
         if at.min() < 0 or at.max() >= tensor.reads.size:
             raise ValueError(f"{work.kernel} touches memory outside of {tensor.name}")
+        tensor.touched = max(tensor.touched, int(at.max()) + 1)
         np.add.at(tensor.reads if kind == "read" else tensor.writes, at, 1)
         setattr(work, kind, getattr(work, kind) + at.size * tensor.size)
 
 
 @contextmanager
-def count() -> Iterator[list[tuple[Work, list[_Tensor]]]]:
+def count(share: int = 1) -> Iterator[list[tuple[Work, list[_Tensor]]]]:
     """Count what kernels that are interpreted inside of this context do: a list that gets an entry a launch.
+
+    Args:
+        share: interpret the first of so many equal parts of each grid only.
 
     Raises:
         RuntimeError: this process compiles kernels (TRITON_INTERPRET was not set when Triton was imported).
@@ -95,7 +104,7 @@ def count() -> Iterator[list[tuple[Work, list[_Tensor]]]]:
     counter, builder, executor = _Counter(), interpreter.InterpreterBuilder, interpreter.GridExecutor
     originals = {name: getattr(builder, name) for name in ("create_masked_load", "create_masked_store", "create_dot")}
     originals |= {name: getattr(builder, name) for name in ("create_exp2", "create_exp")}
-    prepare = executor._init_args_hst
+    prepare, restore = executor._init_args_hst, executor._restore_args_dev
 
     def load(self, ptrs, mask, *args, **kwargs):
         counter.touch("read", ptrs.data, mask.data)
@@ -121,6 +130,9 @@ def count() -> Iterator[list[tuple[Work, list[_Tensor]]]]:
         named = {**dict(zip(self.arg_names, host[0], strict=False)), **host[1]}
         tensors = [_Tensor(name, t) for name, t in named.items() if hasattr(t, "data_ptr")]
         counter.launches.append((Work(self.fn.__name__, ""), tensors))
+        if self.grid[0] % share:
+            raise ValueError(f"{self.fn.__name__}: {self.grid[0]} programs are not {share} equal parts")
+        self.grid = (self.grid[0] // share, *self.grid[1:])
         return host
 
     patches = {"create_masked_load": load, "create_masked_store": store, "create_dot": dot}
@@ -129,34 +141,42 @@ def count() -> Iterator[list[tuple[Work, list[_Tensor]]]]:
         for name, function in patches.items():
             setattr(builder, name, function)
         executor._init_args_hst = launch
+        executor._restore_args_dev = lambda *args: None  # on a CPU it would copy tensors onto themselves
         yield counter.launches
     finally:
         for name, function in originals.items():
             setattr(builder, name, function)
-        executor._init_args_hst = prepare
+        executor._init_args_hst, executor._restore_args_dev = prepare, restore
 
 
 def count_case(case: Case) -> list[Work]:
-    """The launches of one (batch, head) of a case, forward then backward, in their order."""
+    """The launches of one (batch, head) of a case, forward then backward, in their order.
+
+    Raises:
+        ValueError: the programs at the front of the grids are not those of one (batch, head).
+    """
     from vidla_kernels import tiles
 
     tiles.DEFAULT_ARCH = case.arch
-    one = dataclasses.replace(case, B=1, H=1)
     rows = []
-    for direction, call in one.host_calls("cpu", "float32" if case.dtype == "float32" else "float16"):
-        with count() as launches:
+    for direction, call in case.host_calls("cpu", "float32" if case.dtype == "float32" else "float16"):
+        with count(case.B * case.H) as launches:
             call()
         for work, tensors in launches:
             work.direction = direction
             for t in tensors:
-                if n := int((t.reads > 0).sum()):
-                    work.distinct_read[t.name] = n * t.size
-                if n := int((t.writes > 0).sum()):
-                    work.distinct_written[t.name] = n * t.size
+                if n := t.distinct(t.reads):
+                    work.distinct_read[t.name] = n
+                if n := t.distinct(t.writes):
+                    work.distinct_written[t.name] = n
                 if t.name == "p_qkv" and case.op == "hierarchical":
-                    keys = t.reads.reshape(one.tokens, 3, one.D)[: one.layout.num_summary, 1:]
+                    keys = t.reads.reshape(case.tokens, 3, case.H, case.D)[: case.layout.num_summary, 1:]
                     work.summary_again += int(np.maximum(keys - 1, 0).sum()) * t.size
             rows.append(work)
+        name, units = ("p_out", 1) if direction == "fwd" else ("p_dqkv", 3)
+        written = sum(work.distinct_written.get(name, 0) for work in rows if work.direction == direction)
+        if written != units * case.floor_bytes("fwd", 1) // 4:
+            raise ValueError(f"{case}, {direction}: {written} bytes of one head's result were written; a grid's order changed?")
     return rows
 
 
