@@ -9,8 +9,11 @@
 #include <string>
 
 namespace {
-std::map<const void*, std::string> names;  // of host stubs
-std::string launches;                      // one line each: kernel, blocks, threads, shared bytes, 4 KB of parameters
+std::map<const void*, std::string>& names() {  // of host stubs, which register before this file's own globals exist
+  static std::map<const void*, std::string> all;
+  return all;
+}
+std::string launches;  // one line each: kernel, blocks, threads, shared bytes, parameters
 struct {
   dim3 grid, block;
   size_t shared;
@@ -31,7 +34,7 @@ void** __cudaRegisterFatBinary(void*) {
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
 void __cudaRegisterFunction(void**, const char* stub, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*, int*) {
-  names[stub] = name;
+  names()[stub] = name;
 }
 void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, struct CUstream_st* stream) {
@@ -49,7 +52,7 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* stub) {
 }
 cudaError_t cudaLaunchKernel(const void* stub, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t) {
   char text[64];
-  launches += names[stub];
+  launches += names()[stub];
   std::snprintf(text, sizeof text, " %u %u %zu ", grid.x * grid.y * grid.z, block.x * block.y * block.z, shared);
   launches += text;
   const unsigned char* bytes = static_cast<const unsigned char*>(arguments[0]);  // all kernels take one struct by value

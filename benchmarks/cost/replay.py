@@ -5,8 +5,9 @@
 
 As many blocks as fit are resident, a quarter of the multiprocessor issues one instruction a cycle, units are held as long as
 the public rates say, latencies of fixed length are those that the assembler wrote into the code and the others the constants
-below, none of which was fitted to a timing. Not modelled: TMA, warp specialisation, bank conflicts, instruction cache, gaps
-between launches, cache misses beyond `dram_bytes`. docs/kernels.md has the table of estimates beside measured times.
+below, none of which was fitted to a timing. Block barriers and mbarriers hold warps as they do on the machine, a phase of an
+mbarrier being over when every warp that arrives at it has, once. Not modelled: TMA, named barriers, bank conflicts,
+instruction cache, gaps between launches, cache misses beyond `dram_bytes`. docs/kernels.md has the table of estimates beside measured times.
 
 Constants. NVIDIA A100 and H100 whitepapers: multiprocessors, clocks, registers and shared memory, dense bf16 rate (312 and
 989 TFLOP/s), memory bandwidth; width of L2, 5120 bytes a clock (A100's, taken for both). CUDA C++ Programming Guide,
@@ -99,12 +100,29 @@ def cost(x: Instruction, gpu: Gpu, cycles_a_byte: float) -> tuple[str, float]:
     return held.get(x.kind, ("none", 0))
 
 
+class _Mbarrier:
+    """One of a block: a phase is over when every warp that arrives at it has."""
+
+    def __init__(self, warps: list[int]) -> None:
+        self.arrived: dict[int, list[float]] = {w: [] for w in warps}
+
+    def passes(self, parity: int, now: float) -> float:
+        """When a wait for the phase of this parity that begins now is over; infinite while nobody knows."""
+        phases = min((len(times) for times in self.arrived.values()), default=0)
+        ends = [max(times[k] for times in self.arrived.values()) for k in range(max(0, phases - 4), phases)]
+        over = phases - len(ends) + sum(end <= now for end in ends)
+        if (over - 1) & 1 == parity:
+            return now
+        return max(now, ends[over - phases]) if over < phases else math.inf
+
+
 class _Warp:
     __slots__ = ("block", "copies", "held", "issued", "mma", "part", "path", "pc", "pending", "ready", "scoreboards", "setters")
-    __slots__ += ("time", "why")
+    __slots__ += ("barriers", "index", "time", "why")
 
-    def __init__(self, block: int, part: int, path: list, time: float) -> None:
+    def __init__(self, block: int, part: int, path: list, time: float, barriers: dict, index: int) -> None:
         self.block, self.part, self.path, self.time = block, part, path, time
+        self.barriers, self.index = barriers, index
         self.pc, self.pending, self.held = 0, 0.0, False  # held: waits for the other warps of its block
         self.scoreboards = [0.0] * 6
         self.setters = [""] * 6  # kinds of the instructions that set them
@@ -126,6 +144,11 @@ class _Warp:
             done = max(groups[: len(groups) - int(x.args.split(",")[1].strip(), 16)], default=0.0)
             if done > at:
                 at, self.why = done, "wgmma" if groups is self.mma else "ldgsts"
+        event = self.path[self.pc][3]
+        if event and event[0] == "wait" and event[1] in self.barriers and event[2] is not None:
+            over = self.barriers[event[1]].passes(event[2], at)
+            if over > at:
+                at, self.why = over, "mbarrier"
         self.ready = at
 
 
@@ -146,12 +169,13 @@ def replay(
     """
     costs: dict[int, tuple] = {}
 
-    def priced(path: Path) -> list[tuple[Instruction, str, float]]:
+    def priced(path: Path) -> list[tuple[Instruction, str, float, tuple | None]]:
         if id(path) not in costs:
             table = {x: cost(x, gpu, cycles_a_byte) for x in set(path.code)}
             none = ("memory", 0.0)
             costs[id(path)] = [
-                (x, *(none if i in path.off and table[x][0] == "memory" else table[x])) for i, x in enumerate(path.code)
+                (x, *(none if i in path.off and table[x][0] == "memory" else table[x]), path.events.get(i))
+                for i, x in enumerate(path.code)
             ]
         return costs[id(path)]
 
@@ -159,6 +183,13 @@ def replay(
     same = all(len({id(p) for p in block}) == 1 for block in blocks) and warps % 4 == 0
     parts = 1 if same else 4  # equal warps: one quarter of the multiprocessor tells of all
     members = [[priced(p) for p in (block[: warps // 4] if same else block)] for block in blocks]
+    arrivers = [
+        {
+            at: [w for w, path in enumerate(block) if any(e and e[0] != "wait" and e[1] == at for *_, e in path)]
+            for at in {e[1] for path in block for *_, e in path if e and e[0] != "wait"}
+        }
+        for block in members
+    ]
     length = sum(len(p) for block in members for p in block) / len(members)
     total = max(1, math.ceil(per_sm)) if per_sm <= 5 * fit else per_sm
     rounds = max(2, min(5, int(steps / (length * fit))))
@@ -175,7 +206,8 @@ def replay(
     def begin(time: float) -> None:
         nonlocal begun
         block = members[begun % len(members)]
-        live.extend(_Warp(begun, (begun * warps + w) % parts, path, time) for w, path in enumerate(block))
+        barriers = {at: _Mbarrier(who) for at, who in arrivers[begun % len(members)].items()}
+        live.extend(_Warp(begun, (begun * warps + w) % parts, path, time, barriers, w) for w, path in enumerate(block))
         begun += 1
 
     for k in range(min(fit, math.ceil(total))):
@@ -191,10 +223,12 @@ def replay(
                     at, why = free[w.part], "issue"
                 if at < when:
                     best, when, reason = w, at, why
+        if best is None:
+            raise ValueError("all warps wait for mbarriers: a phase of one takes more than one arrival of a warp")
         w, now = best, when
         waits[reason] += now - w.issued
         w.issued = now
-        x, pipe, busy = w.path[w.pc]
+        x, pipe, busy, event = w.path[w.pc]
         free[w.part] = now + 1
         done = now + busy + latency.get(x.kind, 6)
         if pipe != "none":
@@ -210,6 +244,11 @@ def replay(
             w.mma.append(w.pending)
         elif x.op == "LDGDEPBAR":
             w.copies.append(w.pending)
+        if event and event[0] != "wait" and event[1] in w.barriers:
+            w.barriers[event[1]].arrived[w.index].append(max(now, w.pending) if event[0] == "copies" else now)
+            for v in live:
+                if v.block == w.block and v.ready == math.inf and v is not w:
+                    v.settle()
         w.time = now + max(1, x.stall)
         w.pc += 1
         over = w.pc == len(w.path)

@@ -55,7 +55,7 @@ class _Tensor:
 
     def __init__(self, name: str, tensor) -> None:
         self.name, self.size = name, tensor.element_size()
-        self.start = tensor.data_ptr()
+        self.start = tensor.data_ptr()  # a tensor may be given twice, under two names: the first one counts
         self.end = self.start + self.size * (1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)))
         self.reads, self.writes = (np.zeros((self.end - self.start) // self.size, np.int32) for _ in range(2))
         self.touched = 0  # elements beyond this one were not touched
@@ -72,18 +72,17 @@ class _Counter:
         work, tensors = self.launches[-1]
         addresses = np.broadcast_to(pointers, np.broadcast_shapes(pointers.shape, mask.shape))
         addresses = addresses[np.broadcast_to(mask, addresses.shape).astype(bool)]
-        if not addresses.size:
-            return
-        first = int(addresses.flat[0])
-        tensor = next((t for t in tensors if t.start <= first < t.end), None)
-        if tensor is None:
-            raise ValueError(f"{work.kernel} touches {first:#x}, which belongs to none of its tensors")
-        at = (addresses.astype(np.int64) - tensor.start) // tensor.size
-        if at.min() < 0 or at.max() >= tensor.reads.size:
-            raise ValueError(f"{work.kernel} touches memory outside of {tensor.name}")
-        tensor.touched = max(tensor.touched, int(at.max()) + 1)
-        np.add.at(tensor.reads if kind == "read" else tensor.writes, at, 1)
-        setattr(work, kind, getattr(work, kind) + at.size * tensor.size)
+        left = addresses.size  # one access may go to several tensors: partial results beside final ones
+        for tensor in tensors:
+            mine = addresses[(addresses >= tensor.start) & (addresses < tensor.end)]
+            if mine.size:
+                at = (mine.astype(np.int64) - tensor.start) // tensor.size
+                tensor.touched = max(tensor.touched, int(at.max()) + 1)
+                np.add.at(tensor.reads if kind == "read" else tensor.writes, at, 1)
+                setattr(work, kind, getattr(work, kind) + at.size * tensor.size)
+                left -= mine.size
+        if left:
+            raise ValueError(f"{work.kernel} touches memory that belongs to none of its tensors")
 
 
 @contextmanager
@@ -128,8 +127,8 @@ def count(share: int = 1) -> Iterator[list[tuple[Work, list[_Tensor]]]]:
     def launch(self, args, kwargs):
         host = prepare(self, args, kwargs)
         named = {**dict(zip(self.arg_names, host[0], strict=False)), **host[1]}
-        tensors = [_Tensor(name, t) for name, t in named.items() if hasattr(t, "data_ptr")]
-        counter.launches.append((Work(self.fn.__name__, ""), tensors))
+        tensors = {t.data_ptr(): _Tensor(name, t) for name, t in reversed(named.items()) if hasattr(t, "data_ptr")}
+        counter.launches.append((Work(self.fn.__name__, ""), list(tensors.values())))
         if self.grid[0] % share:
             raise ValueError(f"{self.fn.__name__}: {self.grid[0]} programs are not {share} equal parts")
         self.grid = (self.grid[0] // share, *self.grid[1:])

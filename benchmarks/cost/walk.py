@@ -8,7 +8,7 @@ Trip counts are in no cubin, and warps of a block may do different work. So `wal
 warp's first thread (its index, the launch's parameters, divisions by multiplication, spilled words) and follows the
 branches. Floats and what is loaded from memory are unknown. A branch on something unknown is not taken if it leads forward,
 except past a call (the slow path of a division), and is listed in `Path.guesses`; a loop that ends on something unknown is
-an error. Instructions whose meaning is not written here leave something unknown: the worst they can cause is an error.
+an error, except a wait for an mbarrier, which goes into `Path.events`. Instructions whose meaning is not written here leave something unknown: the worst they can cause is an error.
 Who uses the result compares `Path.macs` with what the algorithm needs, and refuses it where they part.
 """
 
@@ -38,12 +38,17 @@ class Launch:
     params: bytes = b""
 
 
+Value = int | None  # None: unknown
+
+
 @dataclass
 class Path:
-    """What one warp executes, in order; `off` holds the positions of memory instructions whose predicate was false."""
+    """What one warp executes, in order; `off` holds the positions of memory instructions whose predicate was false, `events`
+    by position what happens to mbarriers: ("arrive" | "copies" | "wait", shared address, parity waited for)."""
 
     code: list[Instruction] = field(default_factory=list)
     off: set[int] = field(default_factory=set)
+    events: dict[int, tuple[str, Value, Value]] = field(default_factory=dict)
     guesses: Counter = field(default_factory=Counter)  # address of a branch on something unknown -> times
 
     @property
@@ -56,7 +61,6 @@ class Path:
         return sum(x.size for i, x in enumerate(self.code) if CLASS_OF[x.kind] == "global" and i not in self.off)
 
 
-Value = int | None  # None: unknown
 MASK = 0xFFFFFFFF
 
 
@@ -446,6 +450,36 @@ def _up(value: int, up: bool) -> int:
     return bits + 1 if up and _float(bits) < value else bits
 
 
+def _address(text: str, thread: _Thread) -> Value:
+    """Of an operand like [UR4+0x8]."""
+    terms = text.strip("[] ").replace(".64", "").split("+")
+    values = [int(t, 16) if t.startswith("0x") else thread.registers.get(t) for t in terms]
+    return None if None in values else sum(values)
+
+
+def _mbarrier(x: Instruction, thread: _Thread) -> tuple[str, Value, Value] | None:
+    """What an instruction does to an mbarrier, if anything."""
+    args = [a.strip() for a in x.args.split(",")]
+    if x.op.startswith(("SYNCS.ARRIVE", "ATOMS.ARRIVE")):
+        return "arrive", _address(args[1], thread), None
+    if x.op.startswith("ARRIVES"):
+        return "copies", _address(args[0], thread), None
+    if x.op.startswith("SYNCS.PHASECHK"):
+        parity = _reader(args[2])(thread)
+        return "wait", _address(args[1], thread), None if parity is None else parity >> 31
+    return None
+
+
+def _polled(body: Sequence[Instruction], thread: _Thread) -> tuple[str, Value, Value] | None:
+    """On sm_80 a wait for an mbarrier is a loop that loads its upper word and compares the top bit; None: another loop."""
+    loads = [x for x in body if x.op == "LDS"]
+    tests = [x for x in body if x.op == "LOP3.LUT" and "0x80000000" in x.args]
+    if len(body) > 8 or len(loads) != 1 or len(tests) != 1:
+        return None
+    address, parity = _address(loads[0].args.split(",")[1], thread), _reader(tests[0].args.split(",")[4])(thread)
+    return "wait", None if address is None else address - 4, None if parity is None else parity >> 31
+
+
 def walk(kernel: Kernel, launch: Launch, block: int = 0, warp: int = 0) -> Path:
     """The instructions that one warp of one block executes.
 
@@ -469,6 +503,8 @@ def walk(kernel: Kernel, launch: Launch, block: int = 0, warp: int = 0) -> Path:
         if guard == 0 and x.size:
             path.off.add(len(path.code) - 1)
         op = x.op.split(".")[0]
+        if op in ("SYNCS", "ATOMS", "ARRIVES") and guard != 0 and (event := _mbarrier(x, thread)):
+            path.events[len(path.code) - 1] = event
         if op in ("BRA", "CALL", "RET", "EXIT", "BRX", "JMP"):
             for extra in (a.strip() for a in x.args.split(",")):  # a second predicate: BRA P1, 0x...
                 if _is_predicate(extra) and guard != 0:
@@ -477,7 +513,13 @@ def walk(kernel: Kernel, launch: Launch, block: int = 0, warp: int = 0) -> Path:
                 guard = 0
             if guard is None:
                 if op == "BRA" and target(x) <= x.pc:
-                    raise ValueError(f"{kernel.name}: the loop that ends at {x.pc:#x} depends on something unknown")
+                    body = code[at[target(x)] : i]
+                    if polled := _polled(body, thread):
+                        path.events[len(path.code) - 1] = polled
+                    elif not any(y.op.startswith("SYNCS.PHASECHK") for y in body) or len(body) > 8:
+                        raise ValueError(f"{kernel.name}: the loop that ends at {x.pc:#x} depends on something unknown")
+                    i += 1  # the wait is over: how long it takes is the replay's to find
+                    continue
                 # Forward: not taken, unless it leads past a call, which is the slow path of a division.
                 over = code[i + 1 : at[target(x)]] if op == "BRA" else ()
                 guard = int(any(y.op.startswith("CALL") for y in over))
@@ -560,7 +602,7 @@ def follow(kernel: Kernel, launch: Launch, *, blocks: int = 12, same_warps: bool
 
     def path(block: int, warp: int) -> Path:
         p = walk(kernel, launch, block, warp)
-        return known.setdefault((tuple(x.pc for x in p.code), frozenset(p.off)), p)
+        return known.setdefault((tuple(x.pc for x in p.code), frozenset(p.off), tuple(p.events.items())), p)
 
     chosen = sorted({int(launch.grid * (k * 0.618034 % 1)) for k in range(blocks)})
     paths = [[path(b, 0)] * warps if same_warps else [path(b, w) for w in range(warps)] for b in chosen]

@@ -102,6 +102,18 @@ def test_an_estimate_grows_with_work_and_is_never_below_a_bound():
     assert few == replay.estimate(TINY, launch_tiny(100, 1, grid=4000), dram_bytes=1e6, l2_bytes=1e6)
 
 
+def test_an_mbarriers_phase_ends_with_its_last_warp():
+    barrier = replay._Mbarrier([0, 3])
+    assert barrier.passes(1, 5.0) == 5.0  # of a fresh barrier, the phase before the first counts as over
+    assert barrier.passes(0, 5.0) == float("inf")
+    barrier.arrived[0].append(7.0)
+    assert barrier.passes(0, 5.0) == float("inf")
+    barrier.arrived[3].append(9.0)
+    assert barrier.passes(0, 5.0) == 9.0
+    assert barrier.passes(0, 12.0) == 12.0
+    assert barrier.passes(1, 12.0) == float("inf")
+
+
 # traffic
 
 SMALL = [Case("tube", 90, 6, 5, D=32), Case("hierarchical", 80, 3, 17, D=32), Case("hierarchical", 90, 2, 40, D=64)]
