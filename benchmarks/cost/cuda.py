@@ -115,7 +115,7 @@ _POINTERS = ("qkv", "out", "lse", "d_out", "d_qkv", "workspace", "rows")
 
 @functools.cache
 def _kernel(arch: int, name: str) -> sass.Kernel:
-    (kernel,) = sass.load(library(arch)[0], f"^{name}$")
+    (kernel,) = sass.load(library(arch)[0], function=name)
     return kernel
 
 

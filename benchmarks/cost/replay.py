@@ -3,11 +3,12 @@
     launch = Launch(grid=4608, threads=128, shared=61440, params=bytes(problem))
     print(estimate(kernel, launch, dram_bytes=461e6))
 
-As many blocks as fit are resident, a quarter of the multiprocessor issues one instruction a cycle, units are held as long as
-the public rates say, latencies of fixed length are those that the assembler wrote into the code and the others the constants
-below, none of which was fitted to a timing. Block barriers and mbarriers hold warps as they do on the machine, a phase of an
-mbarrier being over when every warp that arrives at it has, once. Not modelled: TMA, named barriers, bank conflicts,
-instruction cache, gaps between launches, cache misses beyond `dram_bytes`. docs/kernels.md has the table of estimates beside measured times.
+As many blocks as fit are resident, a quarter of the multiprocessor issues one instruction a cycle, units are held as long
+as the public rates say, latencies of fixed length are those that the assembler wrote into the code and the others the
+constants below, none of which was fitted to a timing. Block barriers and mbarriers hold warps as they do on the machine, a
+phase of an mbarrier being over when every warp that arrives at it has, once. Not modelled: TMA, named barriers, bank
+conflicts, instruction cache, gaps between launches, cache misses beyond `dram_bytes`. docs/kernels.md has the table of
+estimates beside measured times.
 
 Constants. NVIDIA A100 and H100 whitepapers: multiprocessors, clocks, registers and shared memory, dense bf16 rate (312 and
 989 TFLOP/s), memory bandwidth; width of L2, 5120 bytes a clock (A100's, taken for both). CUDA C++ Programming Guide,

@@ -143,12 +143,13 @@ def parse(sass: str) -> tuple[Instruction, ...]:
     return tuple(code)
 
 
-def load(cubin: bytes | str | Path, pattern: str = "", *, code: bool = True) -> list[Kernel]:
+def load(cubin: bytes | str | Path, pattern: str = "", *, function: str = "", code: bool = True) -> list[Kernel]:
     """The kernels of a cubin whose (mangled) name `pattern` is found in.
 
     Args:
-        cubin: the file, or its contents.
+        cubin: the file, or its contents. A library with code for one architecture will do as well.
         pattern: regular expression, searched in the name.
+        function: the whole name, where it is known: nothing else is disassembled.
         code: False leaves the instructions out, which takes a tenth of the time.
 
     Raises:
@@ -159,14 +160,15 @@ def load(cubin: bytes | str | Path, pattern: str = "", *, code: bool = True) -> 
             copy.write(cubin)
             copy.flush()
             cubin = copy.name
-        command = [tool("cuobjdump"), *(["-sass"] if code else []), "-res-usage", str(cubin)]
+        command = [tool("cuobjdump"), *(["-sass"] if code else []), "-res-usage"]
+        command += [*(["-fun", function] if function else []), str(cubin)]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     used = re.findall(r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)", listing)
     texts = dict(FUNCTION.findall(listing))
     arch = int(found[1]) if (found := re.search(r"code for sm_(\d+)", listing)) else 0
     kernels = []
     for name, *numbers in used:
-        if re.search(pattern, name):
+        if re.search(pattern, name) and function in ("", name):
             registers, stack, shared = map(int, numbers)
             if arch >= 90:  # there the kilobyte that the system keeps of every block is counted in
                 shared = max(0, shared - 1024)

@@ -8,8 +8,9 @@ Trip counts are in no cubin, and warps of a block may do different work. So `wal
 warp's first thread (its index, the launch's parameters, divisions by multiplication, spilled words) and follows the
 branches. Floats and what is loaded from memory are unknown. A branch on something unknown is not taken if it leads forward,
 except past a call (the slow path of a division), and is listed in `Path.guesses`; a loop that ends on something unknown is
-an error, except a wait for an mbarrier, which goes into `Path.events`. Instructions whose meaning is not written here leave something unknown: the worst they can cause is an error.
-Who uses the result compares `Path.macs` with what the algorithm needs, and refuses it where they part.
+an error, except a wait for an mbarrier, which goes into `Path.events`. Instructions whose meaning is not written here leave
+something unknown: the worst they can cause is an error. Who uses the result compares `Path.macs` with what the algorithm
+needs, and refuses it where they part.
 """
 
 from __future__ import annotations
