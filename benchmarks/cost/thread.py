@@ -405,6 +405,13 @@ def _least(x: Decoded) -> Effect:
     return write([x.args[0]], lambda p, q, least: (min if least else max)(p, q, key=key), *x.readers(1, 2, -1))
 
 
+@meaning("VIADDMNMX")
+def _add_least(x: Decoded) -> Effect:
+    key = signed if x.signed else (lambda v: v)
+    compute = lambda p, q, r, least: (min if least else max)(p + q & MASK, r, key=key)  # noqa: E731
+    return write([x.args[0]], compute, *x.readers(1, 2, 3, 4))
+
+
 @meaning("IABS")
 def _absolute(x: Decoded) -> Effect:
     return write([x.args[0]], lambda a: abs(signed(a)), *x.readers(1))
