@@ -183,6 +183,8 @@ def estimate(case: Case, direction: str, variant: int, work: list[Work]) -> list
             math.ceil(launch.threads / 32),
             fit,
             launch.grid,
+            kernel.spills_in_loops,
+            kernel.spills / len(kernel.code),
         )
         row.instructions = classes(walked.executed, kernel.code, 32 / heads)
         row.loop = classes(walked.executed, loop, 32 / heads)

@@ -47,6 +47,8 @@ class Compiled:
     warps: int
     blocks: int  # resident on a multiprocessor
     grid: int
+    spills_in_loops: int = 0  # instructions that move spilled registers
+    spilled: float = 0.0  # their share of all instructions
 
     instructions: dict[str, float] = field(default_factory=dict)
     loop: dict[str, float] = field(default_factory=dict)
@@ -116,6 +118,8 @@ def compile_case(case: Case, *, walk: bool = False, traffic: Sequence[dict] | No
     def record(kernel, grid, *args, **options) -> None:
         compiled = kernel.warmup(*args, grid=grid, **options)
         code = _kernel(compiled.hash, compiled.asm["cubin"], walk or traffic is not None)
+        if code.stack and not code.code:
+            code = _kernel(compiled.hash, compiled.asm["cubin"], True)
         threads, shared = 32 * compiled.metadata.num_warps, compiled.metadata.shared
         loop, blocks = code.main_loop(), functools.reduce(lambda a, b: a * b, grid)
         row = Compiled(
@@ -129,6 +133,8 @@ def compile_case(case: Case, *, walk: bool = False, traffic: Sequence[dict] | No
             threads // 32,
             replay.resident(replay.GPUS[case.arch], code.registers, shared, threads),
             blocks,
+            code.spills_in_loops,
+            code.spills / max(1, len(code.code)),
         )
         if walk or traffic is not None:
             values = dict(zip(kernel.arg_names, args, strict=False)) | options

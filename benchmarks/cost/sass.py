@@ -99,6 +99,12 @@ class Kernel:
         """Instructions that move a register to the stack or back."""
         return sum(x.kind == "spill" for x in self.code)
 
+    @property
+    def spills_in_loops(self) -> int:
+        """Those between the target of a backward jump and the jump."""
+        spans = [(target(x), x.pc) for x in self.code if is_jump(x) and target(x) < x.pc]
+        return sum(any(head <= x.pc <= tail for head, tail in spans) for x in self.code if x.kind == "spill")
+
     def loops(self) -> list[tuple[Instruction, ...]]:
         """Bodies of the innermost loops by address: from the target of a backward jump to the jump, and no other inside."""
         at = {x.pc: i for i, x in enumerate(self.code)}

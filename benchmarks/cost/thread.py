@@ -405,6 +405,12 @@ def _least(x: Decoded) -> Effect:
     return write([x.args[0]], lambda p, q, least: (min if least else max)(p, q, key=key), *x.readers(1, 2, -1))
 
 
+@meaning("VIMNMX3")
+def _least_of_three(x: Decoded) -> Effect:
+    key = signed if x.signed else (lambda v: v)
+    return write([x.args[0]], lambda p, q, r, least: (min if least else max)(p, q, r, key=key), *x.readers(1, 2, 3, 4))
+
+
 @meaning("VIADDMNMX")
 def _add_least(x: Decoded) -> Effect:
     key = signed if x.signed else (lambda v: v)

@@ -1,4 +1,4 @@
-"""Every shipped configuration, compiled for both architectures without a GPU: no spilled register, shared memory that fits.
+"""Every shipped configuration, compiled for both architectures without a GPU: no spills in a loop, shared memory that fits.
 
 fp16 takes the rows of bf16 in the tile table, and the same instructions at the same widths: one head dimension stands for it.
 Compiling is minutes of work the first time; Triton's cache on disk makes the next run seconds.
@@ -10,8 +10,8 @@ from benchmarks.cost.cases import Case
 from benchmarks.cost.resources import SHARED_LIMIT, Compiled, compiled
 from vidla_kernels import tiles
 
-# (T, N) of every shape class. Tubes: up to 16, 32, 64, 128 rows, and beyond. Frames: B/32's 49 patches, B/16's 196.
-SHAPES = {"tube": ((12, 49), (24, 49), (48, 49), (96, 49), (192, 49)), "hierarchical": ((12, 49), (12, 196))}
+# (T, N) of every shape class. Tubes: up to 16, 32, 64, 128 rows, and beyond. Frames: B/32's 49 patches, B/16's 196, L/14's 256.
+SHAPES = {"tube": ((12, 49), (24, 49), (48, 49), (96, 49), (192, 49)), "hierarchical": ((12, 49), (12, 196), (12, 256))}
 KINDS = [(dtype, D) for dtype in ("bfloat16", "float32") for D in tiles.HEAD_DIMS] + [("float16", 64)]
 
 
@@ -33,14 +33,18 @@ def shipped() -> list[tuple[Case, Compiled]]:
 @pytest.mark.parametrize("op", SHAPES)
 def test_nothing_spills_and_shared_memory_fits(shipped, op: str, arch: int, dtype: str, D: int) -> None:
     rows = [(case, row) for case, row in shipped if (case.op, case.arch, case.dtype, case.D) == (op, arch, dtype, D)]
-    wrong = [(case, row) for case, row in rows if row.stack or row.shared > SHARED_LIMIT[arch]]
+    # Straight-line code may spill a little where that doubles the programs an SM holds (tiles.py says where and why).
+    spills = lambda row: row.spills_in_loops or row.spilled > 0.06  # noqa: E731
+    wrong = [(case, row) for case, row in rows if spills(row) or row.shared > SHARED_LIMIT[arch]]
     table = "\n".join(
         f"{row.kernel}, T {case.T}, N {case.N}, {row.options}, {row.warps} warps: {row.registers} registers, {row.stack} bytes "
-        f"of stack, {row.shared} of shared memory"
+        f"of stack, {row.spills_in_loops} spills in loops, {row.spilled:.0%} in all, {row.shared} bytes of shared memory"
         for case, row in wrong
     )
     assert rows, "nothing was compiled"
-    assert not wrong, f"{len(wrong)} of {len(rows)} launches spill or need more than {SHARED_LIMIT[arch]} bytes:\n{table}"
+    assert not wrong, (
+        f"{len(wrong)} of {len(rows)} launches spill in a loop or much, or need more than {SHARED_LIMIT[arch]} bytes:\n{table}"
+    )
 
 
 def test_every_tile_of_the_packed_kernels_is_compiled(shipped) -> None:
