@@ -62,7 +62,7 @@ def _mbarrier(x: Instruction, thread: Thread) -> tuple[str, Value, Value] | None
 def _polled(body: Sequence[Instruction], thread: Thread) -> tuple[str, Value, Value] | None:
     """On sm_80 a wait for an mbarrier is a loop that loads its upper word and compares the top bit; None: another loop."""
     loads = [x for x in body if x.op == "LDS"]
-    tests = [x for x in body if x.op == "LOP3.LUT" and "0x80000000" in x.args]
+    tests = [x for x in body if x.op in ("LOP3.LUT", "ULOP3.LUT") and "0x80000000" in x.args]
     if len(body) > 8 or len(loads) != 1 or len(tests) != 1:
         return None
     at, parity = address(loads[0].args.split(",")[1], thread), reader(tests[0].args.split(",")[4])(thread)
