@@ -171,7 +171,7 @@ def estimate(case: Case, direction: str, variant: int, work: list[Work]) -> list
         else:
             guess, walked, heads = replayed(case)
             us, bounds = guess.replay, guess.bounds
-        loop = kernel.main_loop()
+        loop = kernel.main_loop(walked.executed)
         row = Compiled(
             re.search(r"\d((?:hierarchical|tube)_[a-z_]+?)I", name)[1],
             direction,

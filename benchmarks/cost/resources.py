@@ -121,7 +121,7 @@ def compile_case(case: Case, *, walk: bool = False, traffic: Sequence[dict] | No
         if code.stack and not code.code:
             code = _kernel(compiled.hash, compiled.asm["cubin"], True)
         threads, shared = 32 * compiled.metadata.num_warps, compiled.metadata.shared
-        loop, blocks = code.main_loop(), functools.reduce(lambda a, b: a * b, grid)
+        blocks = functools.reduce(lambda a, b: a * b, grid)
         row = Compiled(
             compiled.name,
             direction,
@@ -140,6 +140,7 @@ def compile_case(case: Case, *, walk: bool = False, traffic: Sequence[dict] | No
             values = dict(zip(kernel.arg_names, args, strict=False)) | options
             launch = Launch(blocks, threads, shared, parameters(compiled.src.signature, values))
             walked, heads = follow(code, launch, blocks=24, same_warps=True), case.B * case.H
+            loop = code.main_loop(walked.executed)
             row.instructions = classes(walked.executed, code.code, 32 / heads)
             row.loop = classes(walked.executed, loop, 32 / heads)
             row.loop_exponentials = sum(32 / heads * walked.executed[x] for x in loop if x.op.startswith("MUFU.EX2"))

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,16 +106,20 @@ class Kernel:
         return sum(any(head <= x.pc <= tail for head, tail in spans) for x in self.code if x.kind == "spill")
 
     def loops(self) -> list[tuple[Instruction, ...]]:
-        """Bodies of the innermost loops by address: from the target of a backward jump to the jump, and no other inside."""
+        """Bodies of the innermost loops by address, from the target of a backward jump to the jump. Where loops multiply,
+        those that don't (waits, copies) are left out."""
         at = {x.pc: i for i, x in enumerate(self.code)}
         jumps = [(at[target(x)], i) for i, x in enumerate(self.code) if is_jump(x) and target(x) in at]
         spans = sorted({(head, tail) for head, tail in jumps if head < tail})
+        spans = [(h, t) for h, t in spans if any(x.macs for x in self.code[h : t + 1])] or spans
         inner = [(h, t) for h, t in spans if not any((h, t) != (a, b) and h <= a and b <= t for a, b in spans)]
         return [self.code[h : t + 1] for h, t in inner]
 
-    def main_loop(self) -> tuple[Instruction, ...]:
-        """The innermost loop with the most products; the whole code where no loop multiplies."""
-        return max(self.loops(), key=lambda body: sum(x.macs for x in body), default=self.code)
+    def main_loop(self, executed: Mapping[Instruction, float] | None = None) -> tuple[Instruction, ...]:
+        """The innermost loop with the most products, as often as they are executed where that is known; the whole code where
+        nothing loops."""
+        times = executed or {}
+        return max(self.loops(), key=lambda body: sum(x.macs * times.get(x, not executed) for x in body), default=self.code)
 
 
 def tool(name: str) -> str:
