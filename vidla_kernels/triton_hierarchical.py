@@ -125,11 +125,7 @@ def _store(p, o_row, x, m_row, D: tl.constexpr, BD: tl.constexpr):
     tl.store(p + o_row[:, None] + d[None], common.to(x, p.dtype.element_ty), mask=m)
 
 
-# One step of the forward. `visible` is None where every row of the tile sees every key.
-
-
-@triton.jit
-# Forward.
+# Forward. `visible` is None where every row of the tile sees every key.
 
 
 @triton.jit
