@@ -427,6 +427,13 @@ int run(Problem p, void* stream, bool dry) {
     p.piece = ((p.padded_keys() + p.pieces - 1) / p.pieces + 15) / 16 * 16;
     p.stages = least(4, (room - 64 - table - rows * p.warps * Rows<D>::bytes) / (2 * p.piece * Rows<D>::bytes));
     if (p.stages > 1) break;
+    if (p.pieces == 1) {  // rather some warps fewer than pieces
+      const int fit = ((room - 64 - table) / Rows<D>::bytes - 4 * p.piece) / rows;
+      if (2 * fit >= most_warps) {
+        p.warps = fit, p.stages = 2;
+        break;
+      }
+    }
     if (p.piece == 16) return no_room;
   }
   p.shared = (2 * p.stages * p.piece + rows * p.warps) * Rows<D>::bytes + 16 * p.stages + table;
