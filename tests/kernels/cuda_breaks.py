@@ -100,19 +100,19 @@ BREAKS = (
     Break(
         "forward",
         "mask: summary rows see summary keys in every frame",
-        "return frame ? patches :",
-        "return false ? patches :",
+        "limit[i][h] = at.frame == 0 ? p.patches",
+        "limit[i][h] = true ? p.patches",
         "values",
         quick=True,
     ),
     Break(
         "forward",
         "mask: an MST row sees one key more than its level's",
-        "(row - patches) + 1) - 1;",
-        "(row - patches) + 1);",
+        "p.patches + load_shared(entry) - 1",
+        "p.patches + load_shared(entry)",
         "values",
     ),
-    Break("forward", "mask: every level sees every frame", "rows + 3 * summary_token + 2", "rows + 2", "values"),
+    Break("forward", "mask: every level sees every frame", "load_constant(row + 2));", "1);", "values"),
     Break(
         "forward",
         "mask: a row that sees nothing weighs",
@@ -242,7 +242,7 @@ BREAKS = (
         "emulation",
     ),
     Break("backward", "ring of one slot", "more ? c + 1 : 0, 1 - slot);", "more ? c + 1 : 0, slot);", "emulation"),
-    Break("backward", "this frame's keys for the next", "fetch_keys(more ? item : next,", "fetch_keys(item,", "values"),
+    Break("backward", "this frame's keys for the next", "fetch_keys(more ? item : next,", "fetch_keys(item,", "emulation"),
     Break("backward", "next queries over these", "next_turn, 1 - set, from, to);", "next_turn, set, from, to);", "emulation"),
     Break(
         "backward", "a part of the next queries is not fetched", "c < parts) fetch_queries", "c + 1 < parts) fetch_queries", ""
@@ -269,7 +269,7 @@ BREAKS = (
         "strips swizzled on the reading side only",
         "const uint32_t ds_at = C::Strip::along(strip_at, local / 8);",
         "const uint32_t ds_at = strip_at + 2 * local;",
-        "values",
+        "emulation",
         quick=True,
     ),
     Break("backward", "no swizzle", "    if (units % 8 == 0) unit ^= row & 7;\n", "", "counters"),
@@ -288,6 +288,20 @@ BREAKS = (
         "values",
     ),
     Break("backward", "no mask", "if (masked && e / 2", "if (false && e / 2", "values", quick=True),
+    Break(
+        "backward",
+        "mask: summary rows see summary keys in every frame",
+        "return frame ? patches :",
+        "return false ? patches :",
+        "values",
+    ),
+    Break(
+        "backward",
+        "mask: an MST row sees one key more than its level's",
+        "(row - patches) + 1) - 1;",
+        "(row - patches) + 1);",
+        "values",
+    ),
     Break("backward", "mask: one key too many", "+ c >= limit(", "+ c > limit(", "values"),
     Break("backward", "dP from Q", "d_out[i][d], b[2], b[3], d ? t[i][1]", "q[i][d], b[2], b[3], d ? t[i][1]", "values"),
     Break(
