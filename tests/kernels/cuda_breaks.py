@@ -313,7 +313,7 @@ BREAKS = (
         "tail: the last 16 keys lost",
         "half < 32 && key0 + half < padded;",
         "half < 32 && key0 + half + 16 < padded;",
-        "values",
+        "emulation",
         quick=True,
     ),
     Break("backward", "tail: the last rows lost", "(left + 15) / 16 * 16", "left / 16 * 16", "values"),
