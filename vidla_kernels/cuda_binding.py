@@ -18,7 +18,7 @@ from typing import NoReturn
 import torch
 
 from . import cuda_emulate
-from .layout import TokenLayout
+from .layout import TokenLayout, summary_table
 from .tiles import HEAD_DIMS
 
 LIBRARY = Path(__file__).parent / "libvidla_cuda.so"
@@ -145,15 +145,6 @@ def _refuses(device: torch.device, dtype: torch.dtype, head_dim: int, layout: To
     return f"{layout.patches} patches a frame: {reason}; with {layout.num_summary} summary tokens it takes up to {most}"
 
 
-@cache
-def _summary_rows(layout: TokenLayout, device: torch.device) -> torch.Tensor:
-    """layout.summary_rows where kernels can read it, (G, 3) int32. A copy to the GPU would wait for it in each call.
-
-    Kept for good: a captured CUDA graph has its address.
-    """
-    return torch.tensor(layout.summary_rows, dtype=torch.int32, device=device)
-
-
 def _on(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
@@ -162,7 +153,7 @@ def _call(qkv: torch.Tensor, layout: TokenLayout, scale: float, variant: int, **
     B, _, _, H, D = qkv.shape
     return Call(
         qkv=qkv.data_ptr(),
-        rows=_summary_rows(layout, qkv.device).data_ptr(),
+        rows=summary_table(layout, qkv.device).data_ptr(),
         **{name: tensor.data_ptr() for name, tensor in tensors.items()},
         **dict(zip(("qkv_batch", "qkv_token", "qkv_third", "qkv_head"), qkv.stride(), strict=False)),
         type=TYPES[qkv.dtype],

@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -197,3 +198,12 @@ class TokenLayout:
             f"{self.tokens_per_level} MST, temporal scale {self.temporal_scale}, S={self.seq_len}"
             f"{', patches see CLS' if self.patches_see_cls else ''})"
         )
+
+
+@cache
+def summary_table(layout: TokenLayout, device: torch.device) -> torch.Tensor:
+    """`layout.summary_rows` where kernels can read it, (G, 3) int32. A copy to the GPU would wait for it in each call.
+
+    Kept for good: a captured CUDA graph has its address.
+    """
+    return torch.tensor(layout.summary_rows, dtype=torch.int32, device=device)

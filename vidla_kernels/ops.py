@@ -7,8 +7,8 @@ torch.compile keeps whole and whose backward is an operator of its own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
-from types import ModuleType
 
 import torch
 
@@ -124,12 +124,13 @@ def _tube_backward(grad_out, qkv, layout, scale, backend):
     return triton_tube.backward(grad_out.contiguous(), _rows_contiguous(qkv), _layout(*layout), scale)
 
 
-def _hierarchical_kernels(backend: str) -> ModuleType:
+def _hierarchical_kernels(backend: str) -> tuple[Callable, Callable]:
+    """Forward and backward."""
     if backend == "cuda":
-        return cuda_binding
-    from . import triton_hierarchical
+        return cuda_binding.forward, cuda_binding.backward
+    from . import triton_hierarchical, triton_hierarchical_backward
 
-    return triton_hierarchical
+    return triton_hierarchical.forward, triton_hierarchical_backward.backward
 
 
 @torch.library.custom_op(
@@ -138,7 +139,8 @@ def _hierarchical_kernels(backend: str) -> ModuleType:
     schema="(Tensor qkv, int[] layout, float scale, str backend) -> (Tensor out, Tensor lse)",
 )
 def _hierarchical(qkv, layout, scale, backend):
-    return _hierarchical_kernels(backend).forward(_rows_contiguous(qkv), _layout(*layout), scale)
+    forward, _ = _hierarchical_kernels(backend)
+    return forward(_rows_contiguous(qkv), _layout(*layout), scale)
 
 
 @torch.library.custom_op(
@@ -147,8 +149,8 @@ def _hierarchical(qkv, layout, scale, backend):
     schema="(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, int[] layout, float scale, str backend) -> Tensor",
 )
 def _hierarchical_backward(grad_out, qkv, out, lse, layout, scale, backend):
-    kernels = _hierarchical_kernels(backend)
-    return kernels.backward(grad_out.contiguous(), _rows_contiguous(qkv), out, lse, _layout(*layout), scale)
+    _, backward = _hierarchical_kernels(backend)
+    return backward(grad_out.contiguous(), _rows_contiguous(qkv), out, lse, _layout(*layout), scale)
 
 
 @_tube.register_fake

@@ -77,6 +77,9 @@ class Case:
         import torch
 
         module = importlib.import_module(f"vidla_kernels.triton_{self.op}")
+        of_backward = (
+            importlib.import_module("vidla_kernels.triton_hierarchical_backward") if self.op == "hierarchical" else module
+        )
         kind, scale, layout = getattr(torch, dtype or self.dtype), self.D**-0.5, self.layout
         batch = 1 if device == "cpu" else self.B
         qkv = torch.zeros(batch, self.tokens, 3, self.H, self.D, dtype=kind, device=device).expand(self.B, -1, -1, -1, -1)
@@ -88,7 +91,7 @@ class Case:
             saved[:] = result if isinstance(result, tuple) else (result,)
 
         def backward() -> None:
-            module.backward(grad, qkv, *(saved if self.op == "hierarchical" else ()), layout, scale)
+            of_backward.backward(grad, qkv, *(saved if self.op == "hierarchical" else ()), layout, scale)
 
         return [("fwd", forward), ("bwd", backward)]
 
