@@ -34,6 +34,8 @@ def tube(qkv: torch.Tensor, layout: TokenLayout, scale: float) -> torch.Tensor:
 
 def hierarchical(qkv: torch.Tensor, layout: TokenLayout, scale: float) -> torch.Tensor:
     """Hierarchical attention, paper equation 2 without norm, projections and MLP. (B, S, 3, H, D) -> (B, S, H, D)."""
+    if qkv.stride(-1) != 1:  # which torch's operator takes for granted
+        qkv = qkv.contiguous()
     return _Hierarchical.apply(qkv, layout, scale)[0]
 
 
@@ -168,6 +170,7 @@ class _Hierarchical(torch.autograd.Function):
     def backward(ctx, grad_out, *_):
         qkv, out, lse_frames, lse_summary, mask = ctx.saved_tensors
         layout, scale = ctx.layout, ctx.scale
+        grad_out = grad_out.contiguous()  # that of a sum is one number, expanded
         N, G, first = layout.patches, layout.num_summary, layout.first_key_of_patches
         d_qkv = qkv.new_empty(qkv.shape)
         for b in range(qkv.shape[0]):

@@ -103,6 +103,22 @@ def test_inner_stride_is_allowed(device, seed):
         )
 
 
+@pytest.mark.parametrize(("backend", "op"), CALLS)
+def test_any_strides_of_the_incoming_gradient(backend, op, device, seed):
+    """The gradient of a sum is one number, expanded; others come transposed. Neither is misread."""
+    skip_if_missing(backend, device)
+    qkv, grad = draw(op, device, fast(backend))
+    qkv.requires_grad_()
+    out = OPS[op](qkv, LAYOUT, backend=backend)
+    for odd in (
+        torch.ones((), device=device, dtype=out.dtype).expand_as(out),
+        grad.transpose(1, 3).contiguous().transpose(1, 3),
+    ):
+        assert not odd.is_contiguous()
+        got, want = (torch.autograd.grad(out, qkv, g, retain_graph=True)[0] for g in (odd, odd.contiguous()))
+        assert torch.equal(got, want)
+
+
 def test_auto_is_portable_on_a_cpu():
     assert available_backends("cpu")[:2] == ("portable", "reference")
     qkv, _ = draw("tube", torch.device("cpu"))
