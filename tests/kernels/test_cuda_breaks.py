@@ -2,7 +2,7 @@
 
 A break is noticed when the emulation raises, when values are further from float64 than check.py allows, or when a counter
 differs from that of the sound kernel (a lost swizzle changes nothing but bank conflicts). Every run tests the `quick` ones,
-VIDLA_ALL_BREAKS=1 all of them, in some minutes.
+VIDLA_ALL_BREAKS=1 all of them, in five minutes or so.
 """
 
 import ctypes
