@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from vidla_kernels import TokenLayout, available_backends, hierarchical_attention, portable, reference, tube_attention
-from vidla_kernels.backends import Case, choose
+from vidla_kernels.backends import Case, choose, refuses
 
 from .shapes import Sweep
 
@@ -41,13 +41,14 @@ class Implementation:
 def implementations(sweep: Sweep, device: torch.device, toy: bool = False) -> list[Implementation]:
     """Every implementation of a sweep's op, ours first; each that is not measured has its reason."""
     op = sweep.op
-    auto = choose("auto", Case(device, sweep.shape.dtype, sweep.shape.D, sweep.shape.layout))
+    case = Case(device, sweep.shape.dtype, sweep.shape.D, sweep.shape.layout, op)
+    auto = choose("auto", case)
     rows = []
     for name in available_backends(device):
         if name == "reference" or (device.type == "cpu" and name != "portable"):
             continue  # the oracle is not raced (it builds its mask in every call), nor is what is interpreted
         run = partial(_ours, op=op, backend=name)
-        rows.append(Implementation(f"{name} (auto)" if name == auto else name, run, ours=True))
+        rows.append(Implementation(f"{name} (auto)" if name == auto else name, run, ours=True, absent=refuses(name, case)))
     run = partial(_compiled_portable, op=op)
     rows.append(Implementation("portable, compiled", run, ours=True, absent=_unrolled(sweep, device, toy)))
     for name, (run, why) in PEERS[op].items():

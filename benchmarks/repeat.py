@@ -48,7 +48,7 @@ def main() -> int:
         for backend in kernels:
             for of in shapes(device, options.small):
                 name = f"{op}, {backend}, {of}"
-                if reason := refuses(backend, Case(device, of.dtype, of.D, of.layout)):
+                if reason := refuses(backend, Case(device, of.dtype, of.D, of.layout, op)):
                     print(f"{name}: not run: {reason}", flush=True)
                     continue
                 qkv, grad = of.draw(op, device)
