@@ -16,7 +16,9 @@ from .traffic import Work, counted
 
 BASELINE = Path(__file__).with_name("baseline.json")
 GPU = {arch: gpu.name for arch, gpu in replay.GPUS.items()}
-AGREE = 0.05  # products on the walked path may differ by this share from those that were counted
+# Products on the walked path may differ by this share from those that were counted. Of CUDA's resident blocks a few are
+# walked, over eight frames each, where the emulation walks all.
+AGREE = {"triton": 0.05, "cuda": 0.10}
 
 
 def floor_us(case: Case, direction: str) -> float:
@@ -36,7 +38,7 @@ def check(case: Case, direction: str, work: Sequence[Work], made: Sequence[Compi
     if [w.kernel for w in work] != [m.kernel for m in made] and case.backend == "triton":
         raise ValueError(f"{case}: {[w.kernel for w in work]} were counted, {[m.kernel for m in made]} compiled")
     counts, walked = sum(w.macs for w in work), sum(m.macs for m in made)
-    if case.dtype != "float32" and abs(walked - counts) > AGREE * counts:
+    if case.dtype != "float32" and abs(walked - counts) > AGREE[case.backend] * counts:
         raise ValueError(f"{case}, {direction}: the paths walked multiply {walked / counts:.3f} times what was counted")
 
 
