@@ -69,6 +69,13 @@ def test_without_a_gpu_it_is_one_sentence(monkeypatch, capsys, tmp_path):
     assert not (tmp_path / "gpu").exists()
 
 
+@pytest.fixture(autouse=True)
+def found_anew():
+    """What is missing is looked for once in a process: what a test hides must not stay hidden."""
+    yield
+    backends._missing.cache_clear()
+
+
 @pytest.fixture
 def setting(tmp_path) -> Setting:
     return Setting(tmp_path / "report", tmp_path, rehearse=True)

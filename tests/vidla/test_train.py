@@ -290,7 +290,7 @@ def test_going_back_leaves_no_newer_checkpoint_behind(tmp_path: Path):
         (["--data.train", "/nowhere"], "/nowhere"),
         (["--model.name", "ViT-Z-99"], "ViT-Z-99"),
         (["--model.levels", "-1"], "levels"),
-        (["--model.backend", "cuda"], "ships no CUDA kernels"),
+        (["--model.backend", "cuda"], "backend 'cuda' cannot run this"),
         (["--optim.lr", "inf"], "--optim.lr must be a finite number"),
         (["--model.pretrained", "/nowhere.safetensors"], "/nowhere.safetensors"),
     ],
