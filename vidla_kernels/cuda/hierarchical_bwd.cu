@@ -137,6 +137,11 @@ template <class T, class C> struct Queries {
     auto load_k = [&](int d) { ldmatrix_x4_trans(b[d], Rows<D>::along(k_at + in.b_trans, 2 * d)); };
 #pragma unroll
     for (int d = 0; d < D / 16 && tiles > 1; ++d) load_k(d);  // where there are registers for it, before they are waited for
+    int limits[tiles][2];  // each asked for once, all before any is waited for: in a clip's first frame they are in memory
+    if (masked) {
+#pragma unroll
+      for (int i = 0; i < 2 * tiles; ++i) limits[i / 2][i % 2] = limit(i / 2, i % 2);
+    }
 #pragma unroll
     for (int i = 0; i < tiles; ++i) {
 #pragma unroll
@@ -145,7 +150,7 @@ template <class T, class C> struct Queries {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           x[c] = exp2_fast(x[c] * scale_log2 - lse[i][e % 2]);
-          if (masked && e / 2 * 8 + c >= limit(i, e % 2)) x[c] = 0;
+          if (masked && e / 2 * 8 + c >= limits[i][e % 2]) x[c] = 0;
           y[c] *= x[c];
         }
         ds[i][e] = pack<T>(y[0], y[1]);
@@ -401,15 +406,20 @@ template <class T, class C> VIDLA_KERNEL(32 * C::warps, C::blocks) hierarchical_
       const float factor = part == 1 ? p.scale : 1;
       if (turns > 1) {
         float* carry = p.carry + ((int64_t(block_index()) * padded + key0 + g) * 2 + part - 1) * D + column + 2 * j;
+        auto at = [&](int i, int c) { return carry + 16 * D * i + 8 * c; };
+        Word2 before[2 * count][2 * n];  // all of it asked for before any is waited for
+#pragma unroll
+        for (int i = 0; i < 2 * count; ++i) {
+#pragma unroll
+          for (int c = 0; c < 2 * n; ++c) before[i][c] = load_global<Word2>(at(i, c), turn > 0);
+        }
 #pragma unroll
         for (int i = 0; i < 2 * count; ++i) {
 #pragma unroll
           for (int c = 0; c < 2 * n; ++c) {
             float* two = acc[i / 2][c] + i % 2 * 2;
-            float* at = carry + 16 * D * i + 8 * c;
-            const Word2 before = load_global<Word2>(at, turn > 0);
-            two[0] += as_float(before.x[0]), two[1] += as_float(before.x[1]);
-            store_global(at, Word2{{as_word(two[0]), as_word(two[1])}}, !last_turn);
+            two[0] += as_float(before[i][c].x[0]), two[1] += as_float(before[i][c].x[1]);
+            store_global(at(i, c), Word2{{as_word(two[0]), as_word(two[1])}}, !last_turn);
           }
         }
         if (!last_turn) return;
