@@ -198,7 +198,10 @@ def replay(
 
     latency = {**LATENCY, "ldg": (t := miss * gpu.latency_dram + (1 - miss) * gpu.latency_l2), "ldgsts": t}
     free = [0.0] * parts
-    pipes: list[dict[str, float]] = [Counter() for _ in range(parts)]
+    # Until when each unit is busy. The quarters share memory and shared memory: what one leaves, another takes.
+    common: Counter = Counter()
+    own: list[Counter] = [Counter() for _ in range(parts)]
+    units = lambda part, pipe: common if pipe in ("memory", "shared") else own[part]  # noqa: E731
     waits: Counter = Counter()
     ended: list[float] = []
     live: list[_Warp] = []
@@ -218,8 +221,8 @@ def replay(
         for w in live:
             if not w.held:
                 at, why = w.ready, w.why
-                if (pipe := w.path[w.pc][1]) not in ("memory", "none") and pipes[w.part][pipe] > at:
-                    at, why = pipes[w.part][pipe], f"unit {pipe}"  # memory requests queue, the warp goes on
+                if (pipe := w.path[w.pc][1]) not in ("memory", "none") and units(w.part, pipe)[pipe] > at:
+                    at, why = units(w.part, pipe)[pipe], f"unit {pipe}"  # memory requests queue, the warp goes on
                 if free[w.part] > at:
                     at, why = free[w.part], "issue"
                 if at < when:
@@ -230,11 +233,14 @@ def replay(
         waits[reason] += now - w.issued
         w.issued = now
         x, pipe, busy, event = w.path[w.pc]
+        if pipe in ("memory", "shared"):
+            busy /= parts
         free[w.part] = now + 1
         done = now + busy + latency.get(x.kind, 6)
         if pipe != "none":
-            start = max(now, pipes[w.part][pipe])
-            pipes[w.part][pipe] = start + busy
+            unit = units(w.part, pipe)
+            start = max(now, unit[pipe])
+            unit[pipe] = start + busy
             done += start - now
         for board, until in ((x.sets, done), (x.reads, now + busy + LATENCY["sts"])):
             if board < 6 and until > w.scoreboards[board]:

@@ -11,6 +11,7 @@ import torch
 from benchmarks import gpu_report
 from benchmarks.gpu_report import Done, Setting
 from benchmarks.machine import ROOT
+from vidla_kernels import backends
 
 CPU = torch.device("cpu")
 

@@ -302,7 +302,7 @@ BREAKS = (
         "(row - patches) + 1);",
         "values",
     ),
-    Break("backward", "mask: one key too many", "+ c >= limit(", "+ c > limit(", "values"),
+    Break("backward", "mask: one key too many", "+ c >= limits[", "+ c > limits[", "values"),
     Break("backward", "dP from Q", "d_out[i][d], b[2], b[3], d ? t[i][1]", "q[i][d], b[2], b[3], d ? t[i][1]", "values"),
     Break(
         "backward", "P and dS change places", "(part == 1 ? 0 : C::p_after_ds);", "(part == 2 ? 0 : C::p_after_ds);", "values"
@@ -324,7 +324,13 @@ BREAKS = (
         "const bool valid = number <= end;",
         "counters",
     ),
-    Break("backward", "carry is not taken up", "load_global<Word2>(at, turn > 0);", "load_global<Word2>(at, false);", "values"),
+    Break(
+        "backward",
+        "carry is not taken up",
+        "load_global<Word2>(at(i, c), turn > 0);",
+        "load_global<Word2>(at(i, c), false);",
+        "values",
+    ),
     Break(
         "backward",
         "a segment's sums start anew with each frame",
