@@ -70,8 +70,8 @@ def plot(passes: list[dict], path: Path) -> None:
         axis.set_title(f"{name}: predicted, not measured", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("predicted time / floor")
-    axes[-1].legend(fontsize=7, frameon=False)
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=6, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(path, dpi=110)
 
 
