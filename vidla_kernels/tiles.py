@@ -104,8 +104,8 @@ _ROWS: dict[tuple[str, tuple[int, ...], str, tuple[int, ...]], tuple[Tile, ...]]
     ("tube_backward_queries", (80, 90), "fp32", (32, 64, 80, 96)): (Tile(16, 16, 4),),
     ("tube_backward_queries", (80, 90), "fp32", (128,)): (Tile(16, 16, 8),),  # over 4 warps 200 bytes spill
     ("tube_backward_keys", (80, 90), "fp32", HEAD_DIMS): (Tile(16, 16, 8),),  # over 4 warps 8 bytes spill at D=80 and 128
-    # Hierarchical attention: the largest tiles without spills at N = 49 and 196, Triton 3.8. None of them has been timed.
-    # Small tail tiles are cut to fit by the launcher. D=80 and 96 are padded to 128 and behave like it.
+    # Hierarchical attention, Triton 3.8. None of these tiles has been timed. Small tail tiles are cut to fit by the launcher.
+    # The backward pads D=80 and 96 to 128, where they behave like it; the forward does not.
     # The forward by shape (triton_hierarchical.forward chooses). us: a replay of the compiled code at bf16, B=32, H=12, D=64,
     # T=12, U-V-r 3-4-2, an estimate; floor: 4 units over 3.0 (H100) and 1.84 TB/s (A100). Triton 3.8.
     # A frame of up to 64 rows, B/32: one tile. H100 42 us (floor 39): bound by DRAM; A100 77 (64).
