@@ -57,7 +57,7 @@ class Model:
     joint: bool = False
     """Every token attends to every token, instead of hierarchical attention (the paper's ablation)."""
     backend: str = dc.field(default="auto", metadata=PERFORMANCE)
-    """Attention kernels: auto, or one of vidla_kernels.available_backends."""
+    """Attention kernels: auto, one of vidla_kernels.available_backends, or forward/backward as in triton/cuda."""
     checkpoint_activations: bool = dc.field(default=False, metadata=PERFORMANCE)
     """Recompute blocks in the backward: less memory, about a third more work."""
     classes: int = 0

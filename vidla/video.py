@@ -38,7 +38,8 @@ class VideoBlock(Block):
         layout: the token sequence.
         tube: has tube attention (equation 1).
         joint: every token attends to every token, instead of hierarchical attention (ablation).
-        backend: of both attentions, as in `vidla_kernels`.
+        backend: of both attentions, as in `vidla_kernels`. One with CUDA kernels, which are for hierarchical attention
+            alone, leaves tube attention to "auto".
         cls_only: return the CLS row alone. The other rows give keys and values and nothing else, which is all the last
             block needs: only its CLS is read (docs/decisions.md, 12).
     """
@@ -60,6 +61,7 @@ class VideoBlock(Block):
         self.layout = layout
         self.joint = joint
         self.backend = backend
+        self.tube_backend = "auto" if "cuda" in backend else backend
         self.cls_only = cls_only
         self.ln_tube = LayerNorm(width) if tube else None
         self.tube_attn = Attention(width, heads) if tube else None
@@ -82,7 +84,7 @@ class VideoBlock(Block):
         """(B, S, d) -> (B, S, d), or (B, 1, d) with cls_only."""
         if self.tube_attn is not None:
             summary, patches = x.split([self.layout.num_summary, self.layout.num_patches], 1)
-            out = tube_attention(self.tube_attn.qkv(self.ln_tube(patches)), self.layout, backend=self.backend)
+            out = tube_attention(self.tube_attn.qkv(self.ln_tube(patches)), self.layout, backend=self.tube_backend)
             x = torch.cat([summary, patches + self.tube_attn.project(out)], 1)
         tokens = self.ln_1(x)
         if self.cls_only:  # CLS sees every token, so its row needs no mask

@@ -2,11 +2,16 @@
 
 A refusal is a sentence. `refuses(...)` returns None or the reason, and the errors, `python -m vidla_kernels` and the
 skipped tests all print that same sentence.
+
+What runs is a *plan*: a backend's name, or "FORWARD/BACKWARD" where the kernels of two backends share a call (what a forward
+saves is the same in all of them), each with ":VARIANT" behind it where not the backend's own choice of tiling is meant:
+"triton", "cuda:2", "triton/cuda:5".
 """
 
 from __future__ import annotations
 
 import importlib.util
+import re
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -18,6 +23,10 @@ from .layout import TokenLayout
 
 # Best first on a GPU. The CUDA kernels have never run on one: they come behind Triton's until a measurement says otherwise.
 NAMES = ("triton", "cuda", "portable", "reference")
+KERNELS = ("triton", "cuda")  # which run behind the registered operators
+PASSES = ("forward", "backward")
+_KERNEL = r"(triton|cuda(:\d+)?)"
+_PLAN = re.compile(rf"{'|'.join(NAMES)}|{_KERNEL}(/{_KERNEL})?")
 
 
 @dataclass(frozen=True)
@@ -77,18 +86,41 @@ def _cuda_refuses(device: torch.device, dtype: torch.dtype, head_dim: int, *layo
     return cuda_binding.refuses(device, dtype, head_dim, TokenLayout.from_ints(layout))
 
 
+def for_pass(plan: str, name: str) -> tuple[str, int]:
+    """Backend and variant of one pass ("forward", "backward") of a plan; variant -1 is the backend's own choice."""
+    parts = plan.split("/")
+    backend, _, variant = parts[-1 if name == "backward" else 0].partition(":")
+    return backend, int(variant or -1)
+
+
 def measured_fastest(case: Case, able: tuple[str, ...]) -> str | None:
-    """What a measurement on this GPU found to be fastest for the case, of the backends in `able`; None without one.
+    """The plan that a measurement on this GPU found to be fastest for the case, from backends in `able`; None without one.
 
     This is the only place where a measurement changes what `auto` picks.
     """
-    name = _measured_fastest(case.op, case.device, case.dtype, int(case.head_dim), case.layout.patches)
-    return name if name in able else None
+    return _measured_fastest(case.op, case.device, case.dtype, int(case.head_dim), able, *case.layout.to_ints())
 
 
 @torch.compiler.assume_constant_result  # a graph is compiled for one head dimension and layout
-def _measured_fastest(op: str, device: torch.device, dtype: torch.dtype, head_dim: int, patches: int) -> str | None:
-    return tuned.preferred_backend(op, device, tiles.kind(dtype), head_dim, patches)
+def _measured_fastest(
+    op: str, device: torch.device, dtype: torch.dtype, head_dim: int, able: tuple[str, ...], *ints: int
+) -> str | None:
+    layout = TokenLayout.from_ints(ints)
+
+    def best(name: str) -> str | None:
+        found = tuned.preferred_backend(op, name, device, tiles.kind(dtype), head_dim, layout.patches)
+        backend, variant = for_pass(found or "", name)
+        serves = backend in able and backend in KERNELS
+        if serves and variant >= 0:  # it was measured at another N of this class
+            serves = cuda_binding.serves(name, variant, device, dtype, head_dim, layout)
+        return found if serves else None
+
+    found = [best(name) for name in PASSES]
+    if not any(found):
+        return None
+    standard = next(name for name in able if name in KERNELS)
+    forward, backward = (plan or standard for plan in found)
+    return forward if forward == backward and ":" not in forward else f"{forward}/{backward}"
 
 
 def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
@@ -104,18 +136,22 @@ def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
 
 
 def choose(backend: str, case: Case) -> str:
-    """The backend that will run: the one named, or for "auto" the best that serves the case.
+    """The plan that will run: the one named, or for "auto" the best that serves the case.
 
     Raises:
-        ValueError: no such backend.
-        RuntimeError: the backend named by hand cannot serve the case; the message says why and what can.
+        ValueError: no such backend or plan.
+        RuntimeError: a backend named by hand cannot serve the case; the message says why and what can.
     """
     if backend == "auto":
         able = tuple(name for name in available_backends(case.device) if refuses(name, case) is None)
         return measured_fastest(case, able) or able[0]
-    if backend not in NAMES:
-        raise ValueError(f"backend is {backend!r}; it must be 'auto' or one of {', '.join(map(repr, NAMES))}")
-    if reason := refuses(backend, case):
-        able = [name for name in available_backends(case.device) if refuses(name, case) is None]
-        raise RuntimeError(f"backend {backend!r} cannot run this: {reason}. Available here: {', '.join(able)} (or 'auto')")
+    if not _PLAN.fullmatch(backend):
+        raise ValueError(
+            f"backend is {backend!r}; it must be 'auto', one of {', '.join(map(repr, NAMES))}, or kernels for forward and "
+            "backward as in 'triton/cuda', where 'cuda:2' is variant 2 of vidla_kernels.cuda_binding.variants"
+        )
+    for name in {for_pass(backend, name)[0]: None for name in PASSES}:
+        if reason := refuses(name, case):
+            able = [name for name in available_backends(case.device) if refuses(name, case) is None]
+            raise RuntimeError(f"backend {name!r} cannot run this: {reason}. Available here: {', '.join(able)} (or 'auto')")
     return backend

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import NoReturn
@@ -130,19 +131,31 @@ def _refuses(device: torch.device, dtype: torch.dtype, head_dim: int, layout: To
     served = [dim for dim in HEAD_DIMS if all(variants(name, dim, device) for name in PASSES)]
     if head_dim not in served:
         return f"head dimension {head_dim}: the cuda backend has {', '.join(map(str, served))}"
-    sizes = {"batch": 1, "heads": 1, "head_dim": head_dim, "frames": layout.frames, "summary": layout.num_summary}
-    sizes |= {"patches_see_cls": int(layout.patches_see_cls), "variant": -1, "type": TYPES[dtype], "scale": 1.0}
 
     def status(patches: int) -> int:
-        call = Call(**sizes, patches=patches)
-        with _on(device):
-            return min(getattr(library(device.type), f"vidla_hierarchical_{name}_workspace")(call) for name in PASSES)
+        some = replace(layout, patches=patches)
+        return min(_status(name, -1, device, dtype, head_dim, some) for name in PASSES)
 
     if (code := status(layout.patches)) >= 0:
         return None
     most = next((patches for patches in range(layout.patches - 1, 0, -1) if status(patches) >= 0), 0)
     reason = library(device.type).vidla_error_text(code).decode()
     return f"{layout.patches} patches a frame: {reason}; with {layout.num_summary} summary tokens it takes up to {most}"
+
+
+@lru_cache(maxsize=1024)
+def serves(name: str, variant: int, device: torch.device, dtype: torch.dtype, head_dim: int, layout: TokenLayout) -> bool:
+    """Whether a variant of one pass can run on this device at this layout."""
+    return _status(name, variant, device, dtype, head_dim, layout) >= 0
+
+
+def _status(name: str, variant: int, device: torch.device, dtype: torch.dtype, head_dim: int, layout: TokenLayout) -> int:
+    """Bytes of workspace for one pass over one head of one clip, or below 0 why it cannot run."""
+    sizes = {"batch": 1, "heads": 1, "head_dim": head_dim, "frames": layout.frames, "patches": layout.patches}
+    sizes |= {"summary": layout.num_summary, "patches_see_cls": int(layout.patches_see_cls)}
+    with _on(device):
+        call = Call(**sizes, variant=variant, type=TYPES[dtype], scale=1.0)
+        return getattr(library(device.type), f"vidla_hierarchical_{name}_workspace")(call)
 
 
 def _on(device: torch.device):

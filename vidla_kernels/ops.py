@@ -8,12 +8,12 @@ torch.compile keeps whole and whose backward is an operator of its own.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 
 from . import cuda_binding, portable, reference
-from .backends import Case, choose
+from .backends import Case, choose, for_pass
 from .layout import TokenLayout
 
 NAMESPACE = "vidla_kernels"
@@ -29,7 +29,7 @@ def tube_attention(
             portable also float64). Any strides, so a slice of a larger tensor costs no copy while D is contiguous.
         layout: gives T and N; no other field is read.
         scale: factor on q.k; None is D ** -0.5, per head (docs/decisions.md), where the paper prints sqrt(d).
-        backend: "auto", or a name from `available_backends(qkv.device)`.
+        backend: "auto", a name from `available_backends(qkv.device)`, or kernels for forward and backward: "triton/cuda".
 
     Returns:
         (B, T*N, H, D), contiguous, in qkv's dtype (under autocast in autocast's). Softmax and sums in fp32.
@@ -124,13 +124,14 @@ def _tube_backward(grad_out, qkv, layout, scale, backend):
     return triton_tube.backward(grad_out.contiguous(), _rows_contiguous(qkv), _layout(*layout), scale)
 
 
-def _hierarchical_kernels(backend: str) -> tuple[Callable, Callable]:
-    """Forward and backward."""
+def _hierarchical_kernel(plan: str, name: str) -> Callable:
+    """The function of one pass, "forward" or "backward"."""
+    backend, variant = for_pass(plan, name)
     if backend == "cuda":
-        return cuda_binding.forward, cuda_binding.backward
+        return partial(getattr(cuda_binding, name), variant=variant)
     from . import triton_hierarchical, triton_hierarchical_backward
 
-    return triton_hierarchical.forward, triton_hierarchical_backward.backward
+    return triton_hierarchical.forward if name == "forward" else triton_hierarchical_backward.backward
 
 
 @torch.library.custom_op(
@@ -139,8 +140,7 @@ def _hierarchical_kernels(backend: str) -> tuple[Callable, Callable]:
     schema="(Tensor qkv, int[] layout, float scale, str backend) -> (Tensor out, Tensor lse)",
 )
 def _hierarchical(qkv, layout, scale, backend):
-    forward, _ = _hierarchical_kernels(backend)
-    return forward(_rows_contiguous(qkv), _layout(*layout), scale)
+    return _hierarchical_kernel(backend, "forward")(_rows_contiguous(qkv), _layout(*layout), scale)
 
 
 @torch.library.custom_op(
@@ -149,8 +149,8 @@ def _hierarchical(qkv, layout, scale, backend):
     schema="(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, int[] layout, float scale, str backend) -> Tensor",
 )
 def _hierarchical_backward(grad_out, qkv, out, lse, layout, scale, backend):
-    _, backward = _hierarchical_kernels(backend)
-    return backward(grad_out.contiguous(), _rows_contiguous(qkv), out, lse, _layout(*layout), scale)
+    kernel = _hierarchical_kernel(backend, "backward")
+    return kernel(grad_out.contiguous(), _rows_contiguous(qkv), out, lse, _layout(*layout), scale)
 
 
 @_tube.register_fake

@@ -8,8 +8,9 @@
 For each kernel the candidates of tiles.py are timed in turns with the shipped tile: forward and backward of the whole
 attention, medians of `triton.testing.do_bench`. A candidate that does not compile, spills, or gives another result than the
 shipped tile is named and skipped. One that wins by more than 2 %, and again when both are timed anew, is kept in the file of
-tuned.py, which later runs read at their first launch. For hierarchical attention the CUDA kernels, where they are built, are
-compared with Triton's in the same way, and backend="auto" takes what was faster.
+tuned.py, which later runs read at their first launch. For hierarchical attention every tiling of the CUDA kernels, where they
+are built, is compared with Triton's in the same way, for forward and backward by themselves, and backend="auto" takes what was
+faster.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from . import TokenLayout, backends, hierarchical_attention, tiles, tube_attention, tuned
+from . import TokenLayout, backends, cuda_binding, hierarchical_attention, tiles, tube_attention, tuned
 
 OPS = {"tube": tube_attention, "hierarchical": hierarchical_attention}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in tiles.DTYPES}
@@ -65,7 +66,7 @@ class Case:
 
 
 class Attention:
-    """A case with its tensors, and its passes as functions of the backend."""
+    """A case with its tensors, and its passes as functions of the plan (backends.py)."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
         self.case = case
@@ -73,14 +74,14 @@ class Attention:
         self.qkv = torch.randn(shape, device=device).to(case.dtype).requires_grad_()
         self.grad = torch.randn(case.B, case.tokens, case.H, case.D, device=device).to(case.dtype)
 
-    def passes(self, backend: str = "triton") -> dict[str, Callable[[], torch.Tensor]]:
+    def passes(self, plan: str = "triton") -> dict[str, Callable[[], torch.Tensor]]:
         """Forward, and the backward of one forward that has run already."""
         attention, layout = OPS[self.case.op], self.case.layout
-        out = attention(self.qkv, layout, backend=backend)
+        out = attention(self.qkv, layout, backend=plan)
 
         def forward() -> torch.Tensor:
             with torch.no_grad():
-                return attention(self.qkv, layout, backend=backend)
+                return attention(self.qkv, layout, backend=plan)
 
         def backward() -> torch.Tensor:
             return torch.autograd.grad(out, self.qkv, self.grad, retain_graph=True)[0]
@@ -197,18 +198,33 @@ class Tuner:
                 logs.append(math.log(self.measure(call) / before))
         return math.exp(sum(logs) / len(logs)), None
 
-    def backend(self, attention: Attention, names: tuple[str, ...]) -> tuple[str, dict[str, float]]:
-        """The fastest of some backends, forward and backward together, with seconds of each. The first is the standard."""
-        want = [call() for call in attention.passes(names[0]).values()]
+    def backend(self, attention: Attention, name: str, plans: tuple[str, ...]) -> tuple[str, dict[str, float]]:
+        """The fastest of some plans for a pass, with seconds of each. The first is the standard; one that gives another result
+        is out, and the winner must win by `LEAST_GAIN` when both are timed anew as well."""
+        want = attention.passes(plans[0])[name]()
         seconds = {}
-        for name in names:
-            calls = attention.passes(name).values()
-            if all(agrees(call(), result) for call, result in zip(calls, want, strict=True)):
-                seconds[name] = sum(map(self.measure, calls))
+        for plan in plans:
+            call = attention.passes(plan)[name]
+            if agrees(call(), want):
+                seconds[plan] = self.measure(call)
             else:
-                self.say(f"  {attention.case}: backend {name} skipped, its result is another one")
+                self.say(f"  {attention.case} {name}: {plan} skipped, its result is another one")
         best = min(seconds, key=seconds.get)
-        return best if seconds[best] < (1 - LEAST_GAIN) * seconds[names[0]] else names[0], seconds
+        if best != plans[0]:
+            standard, again = (self.measure(attention.passes(plan)[name]) for plan in (plans[0], best))
+            if max(seconds[best] / seconds[plans[0]], again / standard) > 1 - LEAST_GAIN:
+                best = plans[0]
+        return best, seconds
+
+
+def cuda_plans(case: Case, name: str, device: torch.device) -> tuple[str, ...]:
+    """Triton's kernels, then every tiling of the CUDA kernels that can run one pass of the case, as plans (backends.py)."""
+    numbers = (
+        number
+        for number in cuda_binding.variants(name, case.D, device)
+        if cuda_binding.serves(name, number, device, case.dtype, case.D, case.layout)
+    )
+    return ("triton", *(f"triton/cuda:{number}" if name == "backward" else f"cuda:{number}/triton" for number in numbers))
 
 
 def tune(
@@ -245,10 +261,12 @@ def tune(
             if refusal := backends.refuses("cuda", call):
                 say(f"{case}: backend cuda is not compared: {refusal}")
                 continue
-            best, seconds = tuner.backend(attention, ("triton", "cuda"))
-            say(f"{case}, forward and backward: " + ", ".join(f"{name} {s * 1e6:.1f} us" for name, s in seconds.items()))
-            key = tuned.backend_key(case.op, tiles.kind(case.dtype), case.D, case.N)
-            chosen[key] = best if chosen.get(key, best) == best else "triton"  # shapes of one class that disagree
+            for name in PASSES:
+                best, seconds = tuner.backend(attention, name, cuda_plans(case, name, device))
+                say(f"{case} {name}: " + ", ".join(f"{plan} {s * 1e6:.1f} us" for plan, s in seconds.items()))
+                kernel = best.split("/")[-1 if name == "backward" else 0]
+                key = tuned.backend_key(case.op, name, tiles.kind(case.dtype), case.D, case.N)
+                chosen[key] = kernel if chosen.get(key, kernel) == kernel else "triton"  # shapes of one class that disagree
         keep(device, bandwidth, {}, chosen)
     return results
 
@@ -296,7 +314,7 @@ def show(device: torch.device | None) -> str:
         date = entry.get("measured", {}).get("date", "no date")
         lines.append(f"{entry['machine'].get('gpu')}, {date}: " + (f"passed over, {why}" if why else "in use here"))
         lines += [f"  {key}: {tile}" for key, tile in entry["tiles"].items()]
-        lines += [f"  {key}: backend {name}" for key, name in entry["backends"].items()]
+        lines += [f"  {key}: {name}" for key, name in entry["backends"].items()]
         if not entry["tiles"] and not entry["backends"]:
             lines.append("  the shipped tiles were the best")
     return "\n".join(lines)

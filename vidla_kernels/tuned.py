@@ -6,7 +6,8 @@ One JSON file in the user's cache, `path()`, holds one entry for each machine th
 
 `machine` is all that a measurement depends on: GPU, compute capability, versions of torch and Triton, and a digest of the
 kernels' sources. An entry counts where all of it is as it is now, and else is passed over (`--show` says why). `tiles` maps
-the keys of tiles.py to the fields of a `Tile`, `backends` the keys of `backend_key` to a name. A file that cannot be read is
+the keys of tiles.py to the fields of a `Tile`, `backends` the keys of `backend_key` to a backend, or one of its variants
+(backends.py, on plans). A file that cannot be read is
 passed over with a warning: a cache never stops a run.
 """
 
@@ -122,14 +123,15 @@ def tile(key: str, device: torch.device) -> dict[str, Any] | None:
     return _here(device)["tiles"].get(key)
 
 
-def backend_key(op: str, kind: str, D: int, N: int) -> str:
-    """The class of calls for which one backend is preferred: attention, kind of dtype, D, and N up to a power of two."""
-    return f"{op} {kind} D={D} N<={max(64, 1 << (N - 1).bit_length())}"
+def backend_key(op: str, name: str, kind: str, D: int, N: int) -> str:
+    """The class of calls for which one backend is preferred: attention, pass, kind of dtype, D, N up to a power of two."""
+    return f"{op} {name} {kind} D={D} N<={max(64, 1 << (N - 1).bit_length())}"
 
 
-def preferred_backend(op: str, device: torch.device, kind: str, D: int, N: int) -> str | None:
-    """The backend that was fastest on this device for the class of this call; None where none was measured."""
-    return _here(device)["backends"].get(backend_key(op, kind, D, N))
+def preferred_backend(op: str, name: str, device: torch.device, kind: str, D: int, N: int) -> str | None:
+    """The kernels that were fastest on this device for a pass of this class of calls; None where none were measured."""
+    found = _here(device)["backends"].get(backend_key(op, name, kind, D, N))
+    return found if isinstance(found, str) else None
 
 
 def _here(device: torch.device) -> dict[str, Any]:

@@ -224,6 +224,25 @@ def test_auto_does_not_pick_cuda_without_a_measurement(device):
         assert backends.choose("auto", backends.Case(device, dtype, 64, B16, op)) != "cuda"
 
 
+@pytest.mark.parametrize("plan", ["triton/cuda", "cuda:0/triton", "cuda:2/cuda:1"])
+def test_forward_and_backward_by_kernels_of_two_backends(plan, device, seed, monkeypatch):
+    """What one forward saves serves the other's backward, and a tiling asked for by number is the one that runs."""
+    if reason := backends.missing("triton", device):
+        pytest.skip(reason)
+    launched = []
+    for name in PASSES:
+        kernel = getattr(cuda_binding, name)
+        monkeypatch.setattr(
+            cuda_binding, name, lambda *a, f=kernel, n=name, variant: launched.append((n, variant)) or f(*a, variant=variant)
+        )
+    qkv, grad = Case(LAYOUTS[0], heads=2, dtype=torch.float16).draw("hierarchical", device)
+    gold = run("hierarchical", qkv.double(), grad.double(), LAYOUTS[0], "reference")
+    ours, dense = run("hierarchical", qkv, grad, LAYOUTS[0], plan), dense_runs("hierarchical", qkv, grad, LAYOUTS[0])
+    check(ours, dense, gold, LAYOUTS[0].num_summary, torch.float16)
+    parts = ((name, *backends.for_pass(plan, name)) for name in PASSES)
+    assert launched == [(name, variant) for name, backend, variant in parts if backend == "cuda"]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_works_under_a_cuda_graph(device, seed):
     qkv, grad = Case(B32, heads=2, dtype=torch.bfloat16).draw("hierarchical", device)

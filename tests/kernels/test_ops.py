@@ -133,8 +133,11 @@ def test_refusals_say_what_is_wrong_and_what_is_legal(device):
         tube_attention(qkv, LAYOUT)
     with pytest.raises(ValueError, match="int64; expected float16"):
         hierarchical_attention(qkv.long(), LAYOUT)
-    with pytest.raises(ValueError, match="'auto' or one of 'triton', 'cuda', 'portable', 'reference'"):
+    with pytest.raises(ValueError, match="'auto', one of 'triton', 'cuda', 'portable', 'reference', or"):
         hierarchical_attention(qkv, LAYOUT, backend="fast")
+    for plan in ("triton/portable", "triton:1", "cuda/", "/cuda", "cuda:x", "triton/cuda/cuda"):
+        with pytest.raises(ValueError, match="for forward and backward as in 'triton/cuda'"):
+            hierarchical_attention(qkv, LAYOUT, backend=plan)
     with pytest.raises(RuntimeError, match=r"'cuda' cannot run this: .*Available here: portable"):
         tube_attention(qkv[:, 5:], LAYOUT, backend="cuda")
 

@@ -136,7 +136,7 @@ def test_hierarchical_kernels_are_tuned_by_their_neighbours(seed):
     assert any(key.startswith("hier_") and result.passes == "backward" for key, result in results.items())
     assert any("hier_forward" in line and "1.000 of the time" in line for line in said)
     compared = backends.missing("cuda", torch.device("cpu")) is None  # emulated, where there is a g++
-    assert any(("forward and backward: triton" if compared else "backend cuda is not compared") in line for line in said)
+    assert any(("float16 backward: triton" if compared else "backend cuda is not compared") in line for line in said)
 
 
 @pytest.mark.parametrize("part", HERE)
@@ -188,44 +188,65 @@ def test_a_tile_too_small_for_its_class_is_not_used():
     assert in_use(T=12) == SHIPPED
 
 
-def test_auto_takes_the_backend_that_was_faster():
+def test_auto_takes_the_kernels_that_were_faster(monkeypatch):
     def choice(N: int = 49, dtype: torch.dtype = torch.float16, op: str = "hierarchical") -> str:
         tuned.forget()
         return backends.choose("auto", backends.Case(CPU, dtype, 64, TokenLayout(12, N), op))
 
-    def prefer(name: str) -> None:
-        preferred = {tuned.backend_key("hierarchical", "half", 64, 49): name}
+    def prefer(**kernels: str) -> None:
+        preferred = {tuned.backend_key("hierarchical", name, "half", 64, 49): kernel for name, kernel in kernels.items()}
         tuned.write([{"machine": HERE, "measured": {}, "tiles": {}, "backends": preferred}])
 
     assert choice() == "portable"
-    prefer("triton")
+    prefer(forward="triton", backward="triton")
     assert choice() == choice(N=64) == choice(dtype=torch.bfloat16) == "triton"
     assert choice(N=65) == choice(dtype=torch.float32) == choice(op="tube") == "portable"
-    prefer("no-such-backend")
+    prefer(forward="no-such-backend", backward="reference")
     assert choice() == "portable"
+    prefer(forward=7, backward=None)
+    assert choice() == "portable"
+
+    # Not both passes alike, and tilings by number: of those only what serves the N at hand.
+    if backends.missing("cuda", CPU):
+        return
+    first = next(name for name in backends.NAMES if name in backends.available_backends(CPU) and name in backends.KERNELS)
+    monkeypatch.setattr(backends.cuda_binding, "serves", lambda name, variant, *rest: rest[-1].patches == 49)
+    prefer(backward="cuda:2")
+    assert choice() == f"{first}/cuda:2"
+    assert choice(N=64) == "portable"
+    prefer(forward="cuda:1", backward="cuda:1")  # tiling 1 of either list
+    assert choice() == "cuda:1/cuda:1"
 
 
 def test_the_faster_backend_is_found_and_must_agree(monkeypatch, seed):
     case = tune.Case("hierarchical", torch.float32, T=2, N=3, H=1, D=32, B=1)
     said = []
-    speeds = {"triton": 1.0, "portable": 0.9, "reference": 0.5}
+    speeds = {"triton": [1.0], "portable": [0.9], "reference": [0.5]}
     wrong = set()
 
     class Timed(tune.Attention):
-        def passes(self, backend="triton"):
-            calls = super().passes(backend)
+        def passes(self, plan="triton"):
+            calls = super().passes(plan)
             named = {}
             for name, call in calls.items():
-                named[name] = (lambda call=call: call() * 2) if backend in wrong else (lambda call=call: call())
-                named[name].backend = backend
+                named[name] = (lambda call=call: call() * 2) if plan in wrong else (lambda call=call: call())
+                named[name].plan = plan
             return named
 
-    tuner = tune.Tuner([], CPU, lambda call: speeds[call.backend], said.append)
-    assert tuner.backend(Timed(case, CPU), ("triton", "portable"))[0] == "portable"
-    assert tuner.backend(Timed(case, CPU), ("portable", "triton"))[0] == "portable"
-    wrong.add("reference")
-    assert tuner.backend(Timed(case, CPU), ("portable", "reference"))[0] == "portable"
-    assert "backend reference skipped" in said[-1]
+    def measure(call):
+        times = speeds[call.plan]
+        return times.pop(0) if len(times) > 1 else times[0]
+
+    tuner = tune.Tuner([], CPU, measure, said.append)
+    for name in tune.PASSES:
+        assert tuner.backend(Timed(case, CPU), name, ("triton", "portable"))[0] == "portable"
+        assert tuner.backend(Timed(case, CPU), name, ("portable", "triton"))[0] == "portable"
+        speeds["portable"] = [0.9, 1.0]  # not so when timed again
+        assert tuner.backend(Timed(case, CPU), name, ("triton", "portable"))[0] == "triton"
+        speeds["portable"] = [0.9]
+        wrong.add("reference")
+        assert tuner.backend(Timed(case, CPU), name, ("portable", "reference"))[0] == "portable"
+        assert f"{name}: reference skipped" in said[-1]
 
 
 @pytest.mark.parametrize("kernel", sorted({kernel for kernel, *_ in tiles.TABLE}))

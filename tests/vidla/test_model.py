@@ -326,6 +326,12 @@ def test_temperature(seed):
         assert model.logit_scale.exp() <= 100
 
 
+def test_cuda_kernels_for_hierarchical_attention_leave_tube_attention_to_auto():
+    for plan, tube in (("triton/cuda", "auto"), ("cuda:1", "auto"), ("triton", "triton")):
+        block = tiny(backend=plan).visual.transformer.resblocks[0]
+        assert (block.backend, block.tube_backend) == (plan, tube)
+
+
 @pytest.mark.parametrize(("compiler", "backend"), [("eager", "auto"), ("aot_eager", "auto"), ("aot_eager", "triton")])
 def test_compiles_into_one_graph(compiler, backend, seed):
     model = tiny(backend=backend)
