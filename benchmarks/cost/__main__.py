@@ -43,6 +43,7 @@ def tables(passes: list[dict], kernels: list[dict], used: dict[str, str]) -> dic
     """The tables of docs/kernels.md. Kernels at T=12 alone: T changes no kernel but long tubes'."""
     return {
         "versions": f"Triton {used['triton']}, nvcc {used['nvcc']}; bfloat16, B=32, D=64, U-V-r 3-4-2.",
+        "best": report.best_table(passes),
         "time": report.time_table(passes),
         "work": report.work_table(passes),
         "kernels": report.kernel_table(k for k in kernels if "T=12" in k["shape"]),

@@ -169,6 +169,43 @@ def time_table(passes: Sequence[dict]) -> str:
     return table(head, body)
 
 
+# What is aimed at: predicted time over the floor, forward alone and forward with backward.
+GOALS = {
+    ("tube", 80): (1.05, 1.05),
+    ("tube", 90): (1.05, 1.05),
+    ("hierarchical", 80): (1.40, 1.80),
+    ("hierarchical", 90): (1.25, 1.50),
+}
+FORWARD_GOAL = {("hierarchical", 90, "B/32"): 1.15}
+ALLOWANCE = {"L/14 T=12": 1.2, "B/32 T=32": 1.2, "B/16 T=32": 1.2}  # of the goals of hierarchical attention
+
+
+def goals(op: str, shape: str, arch: int) -> tuple[float, float]:
+    """What is aimed at for the forward, and for forward and backward together."""
+    forward, both = GOALS[op, arch]
+    forward = FORWARD_GOAL.get((op, arch, shape.split()[0]), forward)
+    more = ALLOWANCE.get(shape, 1.0) if op == "hierarchical" else 1.0
+    return forward * more, both * more
+
+
+def best_table(passes: Sequence[dict]) -> str:
+    """For each pass the better backend: what backend="FORWARD/BACKWARD" runs."""
+    best: dict[tuple, dict] = {}
+    for p in passes:
+        key = (p["op"], p["shape"], p["arch"], p["pass"])
+        best[key] = min(best.get(key, p), p, key=lambda p: p["predicted_us"])
+    body = []
+    for op, shape, arch in dict.fromkeys(key[:3] for key in best):
+        fwd, bwd = (best[op, shape, arch, direction] for direction in ("fwd", "bwd"))
+        cells = [op, shape, GPU[arch], fwd["backend"] if op == "tube" else f"{fwd['backend']}/{bwd['backend']}"]
+        for parts, goal in zip(([fwd], [fwd, bwd]), goals(op, shape, arch), strict=True):
+            ratio = sum(p["predicted_us"] for p in parts) / sum(p["floor_us"] for p in parts)
+            cells += [f"**{ratio:.2f}**", f"{goal:.2f}", "" if ratio <= goal else "missed"]
+        body.append(cells)
+    head = ("op", "shape", "GPU", "kernels", "fwd over floor", "goal", "", "fwd+bwd over floor", "goal", "")
+    return table(head, body)
+
+
 def kernel_table(kernels: Iterable[dict]) -> str:
     classes = ("tensor", "exp", "float", "shared", "global", "barrier", "address")
     head = (
