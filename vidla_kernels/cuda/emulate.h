@@ -5,6 +5,10 @@
 // What it is strict about, beyond the values:
 //   shared memory   starts as NaN; reading what nobody wrote is an error, as is any access outside the allocation
 //   cp.async        lands at the wait_group that covers it, not before; touching its destination earlier is an error
+//   wgmma           is computed at the wait that covers it, from descriptors decoded bit by bit and shared memory as it is then.
+//                   Until then the accumulators hold a NaN; writing them, registers that are an operand, or shared memory
+//                   that a descriptor tells of, is an error, and so are a fence, commit or wait that is missing, operands that
+//                   were not made visible by fence_async, and warps of a warpgroup that issue different products
 //   races           each 4-byte word remembers its last writer and reader as (thread, barriers passed, warp syncs
 //                   passed); an access that no block_sync, or warp_sync inside a warp, puts after those is an error
 //   global memory   accesses outside a watched buffer are errors, and so is what one block writes and another one of
@@ -21,6 +25,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -86,7 +91,7 @@ template <> inline float widen<fp16>(uint16_t x) {
 // ---- what a launch leaves behind -----------------------------------------------------------------------------------
 struct Counters {
   int64_t blocks = 0, mma = 0, exp2 = 0, shuffles = 0, barriers = 0, warp_syncs = 0;
-  int64_t ldmatrix = 0, cp_async = 0, store_shared = 0;                              // warp instructions
+  int64_t ldmatrix = 0, cp_async = 0, store_shared = 0, wgmma = 0;                   // warp instructions; mma: wgmma's too
   int64_t ldmatrix_conflicts = 0, cp_async_conflicts = 0, store_conflicts = 0;       // extra passes (store: load_shared's too)
   int64_t shared_read = 0, shared_written = 0, global_read = 0, global_written = 0;  // bytes
   int64_t sectors_read = 0, sectors_written = 0;                                     // of 32 bytes, by warp instruction
@@ -126,12 +131,13 @@ inline void error(const char* kind, const std::string& detail) {
 // ---- a block in flight ---------------------------------------------------------------------------------------------
 enum class Op {
   mma, ldmatrix, ldmatrix_trans, cp_async, store_shared, load_shared, shuffle, vote, arrive, wait, load, store, warp_sync,
-  block_sync
+  block_sync, wgmma, wgmma_fence, wgmma_commit, wgmma_wait, barrier_sync, stmatrix
 };
 inline const char* name(Op op) {
   static const char* names[] = {"mma",     "ldmatrix", "ldmatrix.trans",  "cp.async",      "store_shared", "load_shared",
                                 "shuffle", "vote",     "mbarrier_arrive", "mbarrier_wait", "load_global",  "store_global",
-                                "warp_sync", "block_sync"};
+                                "warp_sync", "block_sync", "wgmma", "wgmma_fence", "wgmma_commit", "wgmma_wait",
+                                "barrier_sync", "stmatrix"};
   return names[int(op)];
 }
 
@@ -143,6 +149,26 @@ struct Async {
   int64_t serial;  // of the copy
 };
 
+struct Fence {  // a fence_async: orders what was written at an earlier time
+  uint32_t time, epoch, syncs;
+};
+
+// One of a warp: its 16 of the 64 rows.
+struct Wgmma {
+  int n, group;
+  bool a_shared, a_mn, b_mn, accumulate;
+  uint64_t a, b;
+  float* c[32];
+  uint32_t rows[32][4];         // a in registers, as it was,
+  const uint32_t* rows_at[32];  // and where
+  float (*widen)(uint16_t);
+};
+struct Accumulator {  // under way, by the address of lane 0's
+  int n, pending;
+  float* c[32];
+  std::vector<float> values;  // 16 rows of n
+};
+
 struct Warp;
 struct Lane {
   jmp_buf where;
@@ -152,6 +178,10 @@ struct Lane {
   Warp* warp = nullptr;
   std::vector<Async> in_flight;
   int groups = 0;
+  std::vector<Fence> fences;
+  bool packed = false;  // since the last wgmma_fence
+  float* c_at;
+  const uint32_t* a_at;
   // arguments and results of the primitive at hand
   uint32_t a[4], b[2], address;
   float c[4];
@@ -171,13 +201,19 @@ struct Warp {
   int index = 0, arrived = 0, finished = 0, resume = 0;
   Op op = Op::mma;
   bool at_barrier = false;
+  int barrier = 0;  // the named one it is at; 0: block_sync
   uint32_t syncs = 0;
+  std::vector<Wgmma> wgmmas;  // under way, oldest first
+  std::map<float*, Accumulator> accumulators;
+  int wgmma_groups = 0;
+  size_t wgmmas_issued = 0;
+  bool wgmma_fenced = false;
 };
 
 struct Word {  // shadow of 4 bytes of shared memory
   static constexpr uint16_t nobody = 0xffff, several = 0xfffe;
-  uint32_t write_epoch, write_syncs, read_epoch, read_syncs;
-  uint16_t writer, reader, read_warp;
+  uint32_t write_epoch, write_syncs, read_epoch, read_syncs, write_time;
+  uint16_t writer, reader, read_warp, wgmmas;  // wgmmas: under way that read it
   bool in_flight;
 };
 
@@ -193,7 +229,9 @@ struct Worker {
   jmp_buf home;
   Lane* lane = nullptr;
   int threads = 0, block = 0, warps_waiting = 0;
-  uint32_t epoch = 0;
+  uint32_t epoch = 0, time = 0;
+  std::map<int, int> named;  // barrier -> warps that wait at it
+  std::map<int, std::vector<std::array<uint64_t, 3>>> products;  // of each warpgroup, in order: a, b, shape
   int64_t copies = 0;
   Counters count;
 };
@@ -251,13 +289,14 @@ inline void lane_main() {
     me.finished = true;
     if (!me.in_flight.empty()) error("cp.async never waited for", place(me));
     Warp& w = *me.warp;
+    if (!w.wgmmas.empty()) error("wgmma never waited for", place(me)), w.wgmmas.clear();
     if (w.arrived) abandon_block("divergence", place(me) + " has ended while its warp meets at " + name(w.op));
     if (++w.finished < 32) {
       switch_to(w.lanes[(me.thread + 1) % 32]);
     } else if (Warp* next = runnable_warp()) {
       switch_to(next->lanes[next->resume]);
-    } else if (worker->warps_waiting) {
-      abandon_block("barrier", place(me) + " has ended while other warps wait at a block_sync");
+    } else if (worker->warps_waiting || !worker->named.empty()) {
+      abandon_block("barrier", place(me) + " has ended while other warps wait at a barrier");
     } else if (!_setjmp(me.where)) {
       _longjmp(worker->home, 1);
     }
@@ -316,6 +355,7 @@ inline void note_write(const Lane& me, uint32_t at, int bytes, bool in_flight, c
       error(kind, std::string(what) + " of byte " + std::to_string(4 * i) + " by " + place(me));
     };
     if (s.in_flight) tell("write over bytes in flight");
+    if (s.wgmmas) tell("write over the operand of a wgmma under way");
     if (s.writer != Word::nobody &&
         !ordered(s.write_epoch, s.write_syncs, s.writer == me.thread, s.writer / 32 == w.index, w))
       tell("race: write after write");
@@ -325,6 +365,7 @@ inline void note_write(const Lane& me, uint32_t at, int bytes, bool in_flight, c
     s.writer = uint16_t(me.thread);
     s.write_epoch = worker->epoch;
     s.write_syncs = w.syncs;
+    s.write_time = worker->time;
     s.in_flight = in_flight;
   }
 }
@@ -426,19 +467,27 @@ inline void run_block(Worker& k, int block, int shared) {
   k.warps_waiting = 0;
   k.epoch = 1;
   k.mbarriers.clear();
+  k.named.clear();
+  k.products.clear();
   k.shared.assign(shared, 0xff);
-  k.shadow.assign(shared / 4, Word{0, 0, 0, 0, Word::nobody, Word::nobody, Word::nobody, false});
+  k.shadow.assign(shared / 4, Word{0, 0, 0, 0, 0, Word::nobody, Word::nobody, Word::nobody, 0, false});
   for (auto& w : k.warps) {
     w->arrived = w->finished = w->resume = 0;
     w->at_barrier = false;
     w->waits_for = nullptr;
     w->syncs = 1;
-    for (Lane& l : w->lanes) l.finished = false, l.groups = 0, l.in_flight.clear();
+    w->wgmmas.clear(), w->accumulators.clear();
+    w->wgmma_groups = 0, w->wgmmas_issued = 0, w->wgmma_fenced = false;
+    for (Lane& l : w->lanes) l.finished = l.packed = false, l.groups = 0, l.in_flight.clear(), l.fences.clear();
   }
   std::mt19937 random(environment("VIDLA_EMULATE_SEED", 0) + block);
   std::shuffle(k.order.begin(), k.order.end(), random);
   ++k.count.blocks;
-  if (!_setjmp(k.home)) resume(k.warps[k.order[0]]->lanes[0]);
+  const int way = _setjmp(k.home);
+  if (!way) resume(k.warps[k.order[0]]->lanes[0]);
+  for (const auto& w : k.warps)
+    if (way == 1 && w->wgmmas_issued != k.warps[w->index / 4 * 4]->wgmmas_issued)
+      error("wgmma", "warps of a warpgroup issue different numbers of products, block " + std::to_string(block));
 }
 
 inline void run(const char* kernel_name, int blocks, int threads, int shared, const std::function<void()>& kernel) {
@@ -490,6 +539,7 @@ inline void block_sync() {
     ++w.syncs;
     w.resume = k.lane->thread % 32;
     w.at_barrier = true;
+    w.barrier = 0;
     if (++k.warps_waiting == int(k.warps.size())) {
       ++k.epoch;
       ++k.count.barriers;
@@ -534,7 +584,7 @@ inline void land(const Async& a, const Warp& w) {
   else memset(&worker->shared[a.to], 0, 16);
   for (uint32_t i = a.to / 4; i < a.to / 4 + 4; ++i) {
     Word& s = worker->shadow[i];
-    s.in_flight = false, s.write_epoch = worker->epoch, s.write_syncs = w.syncs;
+    s.in_flight = false, s.write_epoch = worker->epoch, s.write_syncs = w.syncs, s.write_time = worker->time;
   }
 }
 }  // namespace emulate
@@ -769,9 +819,11 @@ inline float reciprocal(float x) { return 1 / x; }
 inline float exp2_fast(float x) { return ++emulate::worker->count.exp2, std::exp2(x); }
 template <class T> uint32_t pack(float low, float high);
 template <> inline uint32_t pack<bf16>(float low, float high) {
+  emulate::worker->lane->packed = true;
   return emulate::float_to_bf16(low) | uint32_t(emulate::float_to_bf16(high)) << 16;
 }
 template <> inline uint32_t pack<fp16>(float low, float high) {
+  emulate::worker->lane->packed = true;
   return emulate::float_to_half(low) | uint32_t(emulate::float_to_half(high)) << 16;
 }
 template <class T> inline float unpack(uint32_t pair, int which) {
@@ -805,6 +857,261 @@ template <class W> inline void store_global(void* to, W w, bool active) {
 }
 
 inline int load_constant(const int* from) { return *from; }
+
+// ---- Hopper --------------------------------------------------------------------------------------------------------
+constexpr bool has_wgmma = true;
+inline int architecture();
+
+inline uint64_t matrix_descriptor(uint32_t at, Swizzle swizzle, int leading_bytes, int stride_bytes) {
+  return (at & 0x3ffff) >> 4 | uint64_t(leading_bytes >> 4 & 0x3fff) << 16 | uint64_t(stride_bytes >> 4 & 0x3fff) << 32 |
+         uint64_t((4 - int(swizzle)) & 3) << 62;
+}
+inline uint64_t advance(uint64_t descriptor, int bytes) { return descriptor + (bytes >> 4); }
+
+namespace emulate {
+// What a descriptor says, taken apart as the hardware does; see matrix_descriptor in device.cuh.
+struct Matrix {
+  uint32_t start, leading, stride;
+  int width;  // units of 16 bytes that are exchanged among themselves: 1 (no swizzle), 2, 4, 8
+  bool mn;
+  Matrix(uint64_t d, bool mn)
+      : start((d & 0x3fff) << 4), leading((d >> 16 & 0x3fff) << 4), stride((d >> 32 & 0x3fff) << 4),
+        width(d >> 62 ? 16 >> (d >> 62) : 1), mn(mn) {
+    if (d >> 49 & 7) error("wgmma", "a descriptor with a base offset, which is not emulated, " + place(*worker->lane));
+    if (start >> 7 & (width - 1)) error("wgmma", "a matrix begins inside its swizzle's pattern, " + place(*worker->lane));
+  }
+  // Address of the 16 bytes that hold a row's (column's) numbers k to k + 7, or of a k rows (columns) i to i + 7.
+  uint32_t unit(int i, int k) const {
+    uint32_t at = start;
+    if (!mn) at += i % 8 * 16 * width + i / 8 * stride + (width == 1 ? k / 8 * leading : k / 8 * 16);
+    else if (width == 1) at += k % 8 * 16 + k / 8 * leading + i / 8 * stride;
+    else at += i / 8 % width * 16 + i / 8 / width * leading + k % 8 * 16 * width + k / 8 * stride;
+    return at ^ ((at >> 7 & (width - 1)) << 4);
+  }
+  template <class Act> void units(int rows, Act act) const {  // all that `rows` rows (columns) and 16 k need
+    for (int i = 0; i < rows; i += mn ? 8 : 1)
+      for (int k = 0; k < 16; k += mn ? 1 : 8) act(unit(i, k));
+  }
+  float at(int i, int k, float (*widen)(uint16_t)) const {
+    const uint32_t byte = mn ? unit(i / 8 * 8, k) + i % 8 * 2 : unit(i, k / 8 * 8) + k % 8 * 2;
+    uint16_t bits = 0xffff;
+    if (uint64_t(byte) + 2 <= worker->shared.size()) memcpy(&bits, &worker->shared[byte], 2);
+    return widen(bits);
+  }
+};
+
+constexpr uint32_t poison = 0x7fa5a5a5;  // what an accumulator holds while a wgmma is under way
+
+// Whether the warp's async proxy sees what was written last: the thread that wrote or all lanes of the warp have fenced since.
+inline bool fenced(const Word& s, const Warp& w, const Fence& latest) {
+  if (s.write_epoch < latest.epoch || (s.writer / 32 == w.index && s.write_syncs < latest.syncs)) return true;
+  const auto& all = worker->warps[s.writer / 32]->lanes[s.writer % 32].fences;
+  const auto it = std::upper_bound(all.begin(), all.end(), s.write_time, [](uint32_t t, const Fence& f) { return t < f.time; });
+  return it != all.end() && ordered(it->epoch, it->syncs, false, s.writer / 32 == w.index, w);
+}
+// All 64 rows of a, because the product is the warpgroup's. by: +1 at the issue, -1 at the wait.
+inline void operands(const Warp& w, const Wgmma& x, int by) {
+  Fence latest{~0u, ~0u, ~0u};
+  for (const Lane& l : w.lanes) {
+    const Fence f = l.fences.empty() ? Fence{0, 0, 0} : l.fences.back();
+    latest = {0, std::min(latest.epoch, f.epoch), std::min(latest.syncs, f.syncs)};
+  }
+  auto see = [&](uint32_t at) {
+    if (!shared_in_range(at, 16, "wgmma")) return;
+    if (by > 0) note_read(w, Word::several, at, 16, "wgmma");
+    bool visible = true;
+    for (uint32_t i = at / 4; i < at / 4 + 4; ++i) {
+      Word& s = worker->shadow[i];
+      s.wgmmas += by;
+      if (by > 0 && s.writer != Word::nobody) visible &= fenced(s, w, latest);
+      if (by < 0) s.read_warp = s.read_epoch < worker->epoch || s.read_warp == w.index ? uint16_t(w.index) : Word::several;
+      if (by < 0) s.reader = Word::several, s.read_epoch = worker->epoch, s.read_syncs = w.syncs;
+    }
+    if (!visible) error("no fence_async between a write and wgmma", "of byte " + std::to_string(at) + ", " + place(*worker->lane));
+  };
+  if (x.a_shared) Matrix(x.a, x.a_mn).units(64, see);
+  Matrix(x.b, x.b_mn).units(x.n, see);
+}
+// Where lane l has element e of n / 2: row and column of the warp's 16 x n.
+inline int row_of(int l, int e) { return l / 4 + e / 2 % 2 * 8; }
+inline int column_of(int l, int e) { return e / 4 * 8 + l % 4 * 2 + e % 2; }
+
+inline void issue(Warp& w, Wgmma x) {
+  const std::string here = place(*worker->lane);
+  if (architecture() / 10 != 9) error("wgmma", "on a GPU that has none, " + here);
+  if (w.index / 4 * 4 + 4 > int(worker->warps.size())) abandon_block("wgmma", here + " is of no whole warpgroup");
+  if (!w.wgmma_fenced) error("wgmma without a wgmma_fence since the last wait", here);
+  auto& products = worker->products[w.index / 4];
+  const uint64_t shape = uint64_t(x.n) << 4 | x.a_shared << 3 | x.a_mn << 2 | x.b_mn << 1 | x.accumulate;
+  const std::array<uint64_t, 3> mine = {x.a_shared ? x.a : 0, x.b, shape};
+  if (w.wgmmas_issued == products.size()) products.push_back(mine);
+  else if (products[w.wgmmas_issued] != mine) error("wgmma", "differs from that of another warp of its warpgroup, " + here);
+  ++w.wgmmas_issued;
+  x.group = w.wgmma_groups;
+  bool packed = false;
+  for (int l = 0; l < 32; ++l) {
+    x.c[l] = w.lanes[l].c_at, x.rows_at[l] = w.lanes[l].a_at, packed |= w.lanes[l].packed;
+    if (!x.a_shared) memcpy(x.rows[l], x.rows_at[l], 16);
+  }
+  if (!x.a_shared && packed) error("wgmma of registers packed after the last wgmma_fence", here);
+  for (auto& [at, other] : w.accumulators)
+    if (at != x.c[0] && at < x.c[0] + x.n / 2 && x.c[0] < at + other.n / 2)
+      error("wgmma", "two products under way share accumulators, " + here);
+  Accumulator& sum = w.accumulators[x.c[0]];
+  if (sum.pending && sum.n != x.n) abandon_block("wgmma", here + " adds to an accumulator under way with another n");
+  if (!sum.pending) {
+    sum.n = x.n, sum.values.assign(16 * x.n, from_bits(~0u));
+    for (int l = 0; l < 32; ++l) {
+      sum.c[l] = x.c[l];
+      for (int e = 0; e < x.n / 2; ++e) {
+        sum.values[row_of(l, e) * x.n + column_of(l, e)] = x.c[l][e];
+        memcpy(&x.c[l][e], &poison, 4);
+      }
+    }
+  }
+  ++sum.pending;
+  operands(w, x, 1);
+  ++worker->count.wgmma;
+  worker->count.mma += x.n / 8;
+  worker->count.shared_read += (x.a_shared ? 512 : 0) + 8 * x.n;  // a quarter of what the warpgroup reads
+  w.wgmmas.push_back(x);
+}
+inline void multiply(const Warp& w, const Wgmma& x, std::vector<float>& C) {
+  const Matrix A(x.a_shared ? x.a : 0, x.a_mn), B(x.b, x.b_mn);
+  float a[16][16];
+  std::vector<float> b(x.n);
+  for (int i = 0; i < 16; ++i)
+    for (int k = 0; k < 16; ++k)
+      a[i][k] = x.a_shared ? A.at(w.index % 4 * 16 + i, k, x.widen)
+                           : x.widen(uint16_t(x.rows[i % 8 * 4 + k % 8 / 2][i / 8 + k / 8 * 2] >> k % 2 * 16));
+  if (!x.accumulate) std::fill(C.begin(), C.end(), 0.f);
+  for (int k = 0; k < 16; ++k) {
+    for (int j = 0; j < x.n; ++j) b[j] = B.at(j, k, x.widen);
+    for (int i = 0; i < 16; ++i)
+      for (int j = 0; j < x.n; ++j) C[i * x.n + j] += a[i][k] * b[j];
+  }
+}
+inline void finish(Warp& w, const Wgmma& x) {
+  const std::string here = place(*worker->lane);
+  if (!x.a_shared)
+    for (int l = 0; l < 32; ++l)
+      if (memcmp(x.rows[l], x.rows_at[l], 16)) {
+        error("registers of a written while a wgmma was under way", here);
+        break;
+      }
+  Accumulator& sum = w.accumulators[x.c[0]];
+  multiply(w, x, sum.values);
+  operands(w, x, -1);
+  if (--sum.pending) return;
+  bool touched = false;
+  for (int l = 0; l < 32; ++l)
+    for (int e = 0; e < x.n / 2; ++e) {
+      touched |= to_bits(sum.c[l][e]) != poison;
+      sum.c[l][e] = sum.values[row_of(l, e) * x.n + column_of(l, e)];
+    }
+  if (touched) error("accumulators written while a wgmma was under way", here);
+  w.accumulators.erase(x.c[0]);
+}
+inline void issue_by_all(float* c, const uint32_t* a, Wgmma x) {
+  Lane& me = *worker->lane;
+  me.c_at = c, me.a_at = a;
+  rendezvous(Op::wgmma, [&x](Warp& w) { issue(w, x); });
+}
+}  // namespace emulate
+
+template <class T, int n, bool a_mn, bool b_mn> inline void wgmma(float (&c)[n / 2], uint64_t a, uint64_t b, bool accumulate) {
+  static_assert(n % 8 == 0 && n >= 8 && n <= 256, "no such wgmma");
+  emulate::Wgmma x{n, 0, true, a_mn, b_mn, accumulate, a, b};
+  x.widen = emulate::widen<T>;
+  emulate::issue_by_all(c, nullptr, x);
+}
+template <class T, int n, bool b_mn>
+inline void wgmma(float (&c)[n / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  static_assert(n % 8 == 0 && n >= 8 && n <= 256, "no such wgmma");
+  emulate::Wgmma x{n, 0, false, false, b_mn, accumulate, 0, b};
+  x.widen = emulate::widen<T>;
+  emulate::issue_by_all(c, a, x);
+}
+inline void wgmma_fence() {
+  using namespace emulate;
+  worker->lane->packed = false;
+  rendezvous(Op::wgmma_fence, [](Warp& w) { w.wgmma_fenced = true; });
+}
+inline void wgmma_commit() {
+  emulate::rendezvous(emulate::Op::wgmma_commit, [](emulate::Warp& w) { ++w.wgmma_groups; });
+}
+template <int newest> inline void wgmma_wait() {
+  using namespace emulate;
+  rendezvous(Op::wgmma_wait, [](Warp& w) {
+    if (!w.wgmmas.empty() && w.wgmmas.back().group == w.wgmma_groups)
+      error("wgmma waited for but not committed", place(*worker->lane));
+    size_t done = 0;
+    while (done < w.wgmmas.size() && w.wgmmas[done].group < w.wgmma_groups - newest) finish(w, w.wgmmas[done++]);
+    w.wgmmas.erase(w.wgmmas.begin(), w.wgmmas.begin() + done);
+    if (done) w.wgmma_fenced = false;
+  });
+}
+template <int size> inline void registers_fence(float (&)[size]) {}
+inline void fence_async() {
+  using namespace emulate;
+  Lane& me = *worker->lane;
+  me.fences.push_back({++worker->time, worker->epoch, me.warp->syncs});
+}
+template <int count> inline void registers_give() {}
+template <int count> inline void registers_take() {}
+
+inline void barrier_sync(int id, int threads) {
+  using namespace emulate;
+  rendezvous(Op::barrier_sync, [id, threads](Warp& w) {
+    Worker& k = *worker;
+    if (id < 1 || id > 15 || threads % 32) abandon_block("barrier", place(*k.lane) + ": no such barrier_sync");
+    ++w.syncs;
+    w.resume = k.lane->thread % 32;
+    w.at_barrier = true;
+    w.barrier = id;
+    if (++k.named[id] == threads / 32) {
+      ++k.epoch;  // as of an mbarrier: more than the GPU promises those that are not part of it
+      ++k.count.barriers;
+      k.named.erase(id);
+      for (auto& other : k.warps)
+        if (other->at_barrier && other->barrier == id) other->at_barrier = false;
+    } else if (Warp* other = runnable_warp()) {
+      switch_to(other->lanes[other->resume]);
+    } else {
+      abandon_block("barrier", place(*k.lane) + " waits at a barrier_sync that others do not reach");
+    }
+  });
+}
+
+namespace emulate {
+inline void stmatrix(uint32_t row, const uint32_t (&r)[4], bool trans) {
+  Lane& me = *worker->lane;
+  me.address = row;
+  memcpy(me.a, r, sizeof r);
+  rendezvous(Op::stmatrix, [trans](Warp& w) {
+    Counters& n = worker->count;
+    ++n.store_shared;
+    n.shared_written += 512;
+    for (int m = 0; m < 4; ++m) {
+      uint32_t rows[8];
+      for (int i = 0; i < 8; ++i) {
+        Lane& owner = w.lanes[8 * m + i];
+        rows[i] = owner.address;
+        if (!shared_in_range(rows[i], 16, "stmatrix")) continue;
+        note_write(owner, rows[i], 16, false, "stmatrix");
+        for (int j = 0; j < 8; ++j) {
+          const uint32_t pair = trans ? w.lanes[4 * j + i / 2].a[m] : w.lanes[4 * i + j / 2].a[m];
+          const uint16_t bits = uint16_t(pair >> (trans ? i : j) % 2 * 16);
+          memcpy(&worker->shared[rows[i] + 2 * j], &bits, 2);
+        }
+      }
+      n.store_conflicts += conflicts(rows, 8);
+    }
+  });
+}
+}  // namespace emulate
+inline void stmatrix_x4(uint32_t row, const uint32_t (&r)[4]) { emulate::stmatrix(row, r, false); }
+inline void stmatrix_x4_trans(uint32_t row, const uint32_t (&r)[4]) { emulate::stmatrix(row, r, true); }
 
 // The GPU that is played: VIDLA_EMULATE_ARCH 80 or 90, with VIDLA_EMULATE_SMS multiprocessors.
 inline int multiprocessors() { return emulate::environment("VIDLA_EMULATE_SMS", 2); }
@@ -845,7 +1152,7 @@ extern "C" __attribute__((used, visibility("default"))) inline const char* vidla
               field("barriers", c.barriers), field("warp_syncs", c.warp_syncs), field("ldmatrix", c.ldmatrix),
               field("ldmatrix_conflicts", c.ldmatrix_conflicts), field("cp_async", c.cp_async),
               field("cp_async_conflicts", c.cp_async_conflicts), field("store_shared", c.store_shared),
-              field("store_conflicts", c.store_conflicts), field("shared_read", c.shared_read),
+              field("store_conflicts", c.store_conflicts), field("wgmma", c.wgmma), field("shared_read", c.shared_read),
               field("shared_written", c.shared_written), field("global_read", c.global_read),
               field("global_written", c.global_written), field("sectors_read", c.sectors_read),
               field("sectors_written", c.sectors_written)}) +
