@@ -16,11 +16,66 @@
 namespace vidla {
 constexpr int tile_rows = 64, table_row = 128;  // rows of a warpgroup; bytes of a row of 64 numbers
 
+// The softmax of a warp's 16 rows. [h]: row g, g + 8. Scores of m keys, from number `key` on: float[m / 2], as wgmma leaves them.
+struct SoftmaxRows {
+  int limit[2];  // the row sees the keys below; 0: nothing in this frame
+  int common;    // all of the rows see the keys below, except those that see nothing
+  float maximum[2] = {minus_infinity, minus_infinity}, offset[2], sum[2] = {0, 0};  // sum: this lane's columns alone
+
+  template <int half> VIDLA_DEVICE void see(float (&s)[half], int key) {
+    const int column = key + thread_index() % 4 * 2;
+#pragma unroll
+    for (int b = half / 8 - 1; b >= 0; --b) {  // 16 keys at a time, from the last ones
+      if (key + 16 * b + 16 <= common) break;
+#pragma unroll
+      for (int e = 0; e < 8; ++e)
+        if (column + 16 * b + e / 4 * 8 + e % 2 >= limit[e / 2 % 2]) s[8 * b + e] = minus_infinity;
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float even = s[2 * h], odd = s[2 * h + 1];
+#pragma unroll
+      for (int b = 1; b < half / 4; ++b) even = fmaxf(even, s[4 * b + 2 * h]), odd = fmaxf(odd, s[4 * b + 2 * h + 1]);
+      maximum[h] = fmaxf(maximum[h], fmaxf(even, odd));
+    }
+  }
+  // All keys are seen.
+  VIDLA_DEVICE void settle(float scale_log2) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      maximum[h] = fmaxf(maximum[h], shuffle_xor(maximum[h], 1));
+      maximum[h] = fmaxf(maximum[h], shuffle_xor(maximum[h], 2));
+      if (!limit[h]) maximum[h] = minus_infinity;
+      offset[h] = limit[h] ? -maximum[h] * scale_log2 : minus_infinity;  // a row that sees nothing: P = 0
+    }
+  }
+  // P, in 16 bits as the A operand of wgmma: two score tiles side by side.
+  template <class T, int half> VIDLA_DEVICE void weigh(float (&s)[half], uint32_t (&p)[half / 8][4], float scale_log2) {
+#pragma unroll
+    for (int b = 0; b < half / 4; ++b) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float x = exp2_fast(s[4 * b + 2 * h] * scale_log2 + offset[h]);
+        const float y = exp2_fast(s[4 * b + 2 * h + 1] * scale_log2 + offset[h]);
+        sum[h] += x + y;
+        p[b / 2][b % 2 * 2 + h] = pack<T>(x, y);
+      }
+    }
+  }
+  VIDLA_DEVICE void add_lanes() {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      sum[h] += shuffle_xor(sum[h], 1);
+      sum[h] += shuffle_xor(sum[h], 2);
+    }
+  }
+};
+
 // n: keys that a stage has room for; groups: warpgroups that compute.
 template <class T, int D, int n, int groups, int registers>
 VIDLA_KERNEL(128 * (groups + 1), 1) hierarchical_fwd_frames_wgmma(Problem p) {
   if constexpr (!has_wgmma) return;
-  constexpr int parts = n > 128 ? 2 : 1, part = n / parts;  // a wgmma has 256 columns at most
+  constexpr int near = (n / 16 + 1) / 2 * 16, far = n - near;
   const unsigned lane = thread_index() & 31, g = lane / 4, j = lane % 4;
   const int warp = warp_index(), head = block_index() % p.heads, team = block_index() / p.heads;
   const int queries = p.queries(), keys = p.keys(), tiles = (queries + tile_rows - 1) / tile_rows;
@@ -100,102 +155,84 @@ VIDLA_KERNEL(128 * (groups + 1), 1) hierarchical_fwd_frames_wgmma(Problem p) {
     for (; tile < tiles; tile += groups) {
       const uint64_t q = advance(v, (n + tile * tile_rows) * table_row);
       const int row_0 = tile * tile_rows + warp % 4 * 16;  // the warp's first
-      float s[parts][part / 2];
+      const bool some = row_0 < queries, some_patches = row_0 < p.patches, some_summary = some && row_0 + 16 > p.patches;
+      float left[near / 2], right[far / 2];  // scores of the first keys and of the others
       wgmma_fence();
 #pragma unroll
-      for (int d = 0; d < D / 16; ++d) {
-#pragma unroll
-        for (int i = 0; i < parts; ++i)
-          wgmma<T, part, false, false>(s[i], advance(q, 32 * d), advance(k, i * part * table_row + 32 * d), d > 0);
-      }
+      for (int d = 0; d < D / 16; ++d) wgmma<T, near, false, false>(left, advance(q, 32 * d), advance(k, 32 * d), d > 0);
       wgmma_commit();
-      int limit[2];  // the row sees the keys below; 0: nothing in this frame
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int row = row_0 + g + 8 * h, summary_token = row - p.patches;
-        const bool patch = row < p.patches || row >= queries;
-        limit[h] = patch || p.frame_visible(at.frame, summary_token) ? p.limit(at.frame, row) : 0;
-      }
-      const int common = row_0 + 16 > p.patches ? p.patches : keys;  // every row of the warp sees the keys below
-      wgmma_wait<0>();
-#pragma unroll
-      for (int i = 0; i < parts; ++i) registers_fence(s[i]);
+      for (int d = 0; d < D / 16; ++d)
+        wgmma<T, far, false, false>(right, advance(q, 32 * d), advance(k, near * table_row + 32 * d), d > 0);
+      wgmma_commit();
 
-      uint32_t w[n / 16][4] = {};
-      float maximum[2], offset[2], sum[2] = {0, 0};
-      auto score = [&](int column_pair, int e) -> float& { return s[column_pair / (part / 8)][column_pair % (part / 8) * 4 + e]; };
-      if (row_0 < queries) {
+      SoftmaxRows rows{{keys, keys}, some_summary ? p.patches : keys};
+      if (some_summary) {
 #pragma unroll
-      for (int b = n / 16 - 1; b >= 0; --b) {
-        if (16 * b + 16 <= common) break;
-#pragma unroll
-        for (int e = 0; e < 8; ++e)
-          if (16 * b + e / 4 * 8 + int(2 * j) + e % 2 >= limit[e / 2 % 2]) score(2 * b + e / 4, e % 4) = minus_infinity;
-      }
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float even = score(0, 2 * h), odd = score(0, 2 * h + 1);
-#pragma unroll
-        for (int b = 1; b < n / 8; ++b) even = fmaxf(even, score(b, 2 * h)), odd = fmaxf(odd, score(b, 2 * h + 1));
-        maximum[h] = fmaxf(even, odd);
-        maximum[h] = fmaxf(maximum[h], shuffle_xor(maximum[h], 1));
-        maximum[h] = fmaxf(maximum[h], shuffle_xor(maximum[h], 2));
-        offset[h] = limit[h] ? -maximum[h] * p.scale_log2 : minus_infinity;  // a row that sees nothing: P = 0
-        if (!limit[h]) maximum[h] = minus_infinity;
-      }
-#pragma unroll
-      for (int b = 0; b < n / 8; ++b) {
-        float x[4];
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          x[e] = exp2_fast(score(b, e) * p.scale_log2 + offset[e / 2]);
-          sum[e / 2] += x[e];
+        for (int h = 0; h < 2; ++h) {
+          const int row = row_0 + g + 8 * h;
+          if (row >= p.patches && row < queries)
+            rows.limit[h] = p.frame_visible(at.frame, row - p.patches) ? p.limit(at.frame, row) : 0;
         }
-        w[b / 2][b % 2 * 2] = pack<T>(x[0], x[1]);
-        w[b / 2][b % 2 * 2 + 1] = pack<T>(x[2], x[3]);
       }
-      }
-
+      uint32_t left_p[near / 16][4] = {}, right_p[far / 16][4] = {};
       float o[D / 2];
+      wgmma_wait<1>();
+      registers_fence(left);
+      if (some) rows.see(left, 0);
+      wgmma_wait<0>();
+      registers_fence(right);
+      if (some) {
+        rows.see(right, near);
+        rows.settle(p.scale_log2);
+        rows.weigh<T>(left, left_p, p.scale_log2);
+      }
       wgmma_fence();
 #pragma unroll
-      for (int i = 0; i < n / 16; ++i) wgmma<T, D, true>(o, w[i], advance(v, 16 * i * table_row), i > 0);
+      for (int i = 0; i < near / 16; ++i) wgmma<T, D, true>(o, left_p[i], advance(v, 16 * i * table_row), i > 0);
       wgmma_commit();
+      if (some) rows.weigh<T>(right, right_p, p.scale_log2);
+      wgmma_fence();
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        sum[h] += shuffle_xor(sum[h], 1);
-        sum[h] += shuffle_xor(sum[h], 2);
-      }
+      for (int i = 0; i < far / 16; ++i) wgmma<T, D, true>(o, right_p[i], advance(v, (near + 16 * i) * table_row), true);
+      wgmma_commit();
+      rows.add_lanes();
       wgmma_wait<0>();
       registers_fence(o);
 
-      const int64_t tokens = int64_t(at.batch) * p.sequence();
+      const int64_t clip = int64_t(at.batch) * p.heads + head;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int row = row_0 + 8 * h + g;
-        if (row_0 < p.patches) {
-          const int64_t token = p.summary() + at.frame * p.patches + row;
-          T* out = static_cast<T*>(p.out) + head * D + (j / 2 * 4 + j % 2 * 8) + (tokens + token) * (p.heads * D);
-          const float over = reciprocal(sum[h]);
+        if (some_patches) {
+          const int token = p.summary() + at.frame * p.patches + row;
+          T* out = static_cast<T*>(p.out) + head * D + (j / 2 * 4 + j % 2 * 8);
+          out = not_ahead(out + (int64_t(at.batch) * p.sequence() + token) * (p.heads * D));
+          const float over = reciprocal(rows.sum[h]);
+          Word2 two[D / 16];  // lanes trade: 4 columns a lane, a full 32-byte sector in 4 lanes
 #pragma unroll
-          for (int d = 0; d < D / 16; ++d) {  // two lanes trade: 4 columns a lane, a full 32-byte sector in 4 lanes
+          for (int d = 0; d < D / 16; ++d) {
             const float *l = o + 8 * d + 2 * h, *r = l + 4;
-            const uint32_t left = pack<T>(l[0] * over, l[1] * over), right = pack<T>(r[0] * over, r[1] * over);
-            const uint32_t other = shuffle_xor(j % 2 ? left : right, 1);
-            store_global(out + 16 * d, Word2{{j % 2 ? other : left, j % 2 ? right : other}}, row < p.patches);
+            const uint32_t a = pack<T>(l[0] * over, l[1] * over), b = pack<T>(r[0] * over, r[1] * over);
+            const uint32_t other = shuffle_xor(j % 2 ? a : b, 1);
+            two[d] = {{j % 2 ? other : a, j % 2 ? b : other}};
           }
-          float* lse = p.lse + (int64_t(at.batch * p.heads + head) * p.sequence() + token);
-          store_global(lse, as_word(maximum[h] * p.scale_log2 + log2_fast(sum[h])), row < p.patches && j == 0);
+#pragma unroll
+          for (int d = 0; d < D / 16; ++d) store_global(out + 16 * d, two[d], row < p.patches);
+          const float lse = rows.maximum[h] * p.scale_log2 + log2_fast(rows.sum[h]);
+          store_global(p.lse + clip * p.sequence() + token, as_word(lse), row < p.patches && j == 0);
         }
-        if (row_0 + 16 > p.patches && row_0 < queries) {
-          const bool mine = row >= p.patches && row < queries, seen = maximum[h] > minus_infinity;
-          const int64_t to = ((int64_t(at.batch) * p.heads + head) * p.frames + at.frame) * p.summary() + row - p.patches;
+        if (some_summary) {
+          const bool mine = row >= p.patches && row < queries, seen = rows.maximum[h] > minus_infinity;
+          const int64_t to = (clip * p.frames + at.frame) * p.summary() + row - p.patches;
+          float* sums = not_ahead(p.sums + to * D + 2 * j);
 #pragma unroll
           for (int b = 0; b < D / 8; ++b) {
             const float* two = o + 4 * b + 2 * h;
-            store_global(p.sums + to * D + 8 * b + 2 * j, Word2{{as_word(two[0]), as_word(two[1])}}, mine && seen);
+            store_global(sums + 8 * b, Word2{{as_word(two[0]), as_word(two[1])}}, mine && seen);
           }
-          store_global(p.statistics + to * 2, Word2{{as_word(maximum[h]), as_word(sum[h])}}, mine && j == 0);
+          const Word2 statistics{{as_word(rows.maximum[h]), as_word(rows.sum[h])}};
+          store_global(p.statistics + to * 2, statistics, mine && j == 0);
         }
       }
     }
