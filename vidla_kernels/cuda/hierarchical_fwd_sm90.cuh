@@ -22,7 +22,8 @@ struct SoftmaxRows {
   int common;    // all of the rows see the keys below, except those that see nothing
   float maximum[2] = {minus_infinity, minus_infinity}, offset[2], sum[2] = {0, 0};  // sum: this lane's columns alone
 
-  template <int half> VIDLA_DEVICE void see(float (&s)[half], int key) {
+  // Hides what is not to be seen. top: the rows' maxima.
+  template <int half> VIDLA_DEVICE void see(float (&s)[half], int key, float (&top)[2]) {
     const int column = key + thread_index() % 4 * 2;
 #pragma unroll
     for (int b = half / 8 - 1; b >= 0; --b) {  // 16 keys at a time, from the last ones
@@ -36,21 +37,23 @@ struct SoftmaxRows {
       float even = s[2 * h], odd = s[2 * h + 1];
 #pragma unroll
       for (int b = 1; b < half / 4; ++b) even = fmaxf(even, s[4 * b + 2 * h]), odd = fmaxf(odd, s[4 * b + 2 * h + 1]);
-      maximum[h] = fmaxf(maximum[h], fmaxf(even, odd));
+      top[h] = fmaxf(even, odd);
+      top[h] = fmaxf(top[h], shuffle_xor(top[h], 1));
+      top[h] = fmaxf(top[h], shuffle_xor(top[h], 2));
     }
   }
-  // All keys are seen.
-  VIDLA_DEVICE void settle(float scale_log2) {
+  VIDLA_DEVICE bool grown(const float (&top)[2], float slack) const {
+    return (limit[0] && top[0] - maximum[0] > slack) || (limit[1] && top[1] - maximum[1] > slack);
+  }
+  VIDLA_DEVICE void settle(const float (&top)[2], float scale_log2) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      maximum[h] = fmaxf(maximum[h], shuffle_xor(maximum[h], 1));
-      maximum[h] = fmaxf(maximum[h], shuffle_xor(maximum[h], 2));
-      if (!limit[h]) maximum[h] = minus_infinity;
+      maximum[h] = limit[h] ? fmaxf(maximum[h], top[h]) : minus_infinity;
       offset[h] = limit[h] ? -maximum[h] * scale_log2 : minus_infinity;  // a row that sees nothing: P = 0
     }
   }
   // P, in 16 bits as the A operand of wgmma: two score tiles side by side.
-  template <class T, int half> VIDLA_DEVICE void weigh(float (&s)[half], uint32_t (&p)[half / 8][4], float scale_log2) {
+  template <class T, int half, int blocks> VIDLA_DEVICE void weigh(float (&s)[half], uint32_t (&p)[blocks][4], float scale_log2) {
 #pragma unroll
     for (int b = 0; b < half / 4; ++b) {
 #pragma unroll
@@ -71,16 +74,78 @@ struct SoftmaxRows {
   }
 };
 
+// 64 query rows of a warpgroup and all n keys of a frame, `chunk` at a time. The scores of a chunk and PV of the one before are
+// under way together.
+template <class T, int D, int n, int chunk> struct Tile {
+  static constexpr int chunks = (n + chunk - 1) / chunk;
+  SoftmaxRows rows;
+  float o[D / 2];
+  uint32_t p[chunks][chunk / 16][4];
+
+  template <int i> static constexpr int size = i + 1 < chunks ? chunk : n - i * chunk;
+
+  template <int i> VIDLA_DEVICE void add_values(uint64_t v) {
+#pragma unroll
+    for (int b = 0; b < size<i> / 16; ++b)
+      wgmma<T, D, true>(o, p[i][b], advance(v, (i * chunk + 16 * b) * table_row), i + b > 0);
+    wgmma_commit();
+  }
+
+  // some: the warp has rows, if not, it takes part in the products alone.
+  template <int i> VIDLA_DEVICE void attend(uint64_t q, uint64_t k, uint64_t v, bool some, const Problem& problem) {
+    float s[size<i> / 2];
+    wgmma_fence();
+#pragma unroll
+    for (int d = 0; d < D / 16; ++d)
+      wgmma<T, size<i>, false, false>(s, advance(q, 32 * d), advance(k, i * chunk * table_row + 32 * d), d > 0);
+    wgmma_commit();
+    if constexpr (i > 0) add_values<i - 1>(v);
+    wgmma_wait<(i > 0)>();
+    registers_fence(s);
+    if (some) {
+      float top[2];
+      rows.see(s, i * chunk, top);
+      if (i == 0) rows.settle(top, problem.scale_log2);
+      else if (warp_any(rows.grown(top, problem.slack))) {
+        wgmma_wait<0>();
+        registers_fence(o);
+        const float before[2] = {rows.offset[0], rows.offset[1]};
+        rows.settle(top, problem.scale_log2);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float shrink = rows.limit[h] ? exp2_fast(rows.offset[h] - before[h]) : 1;
+          rows.sum[h] *= shrink;
+#pragma unroll
+          for (int b = 0; b < D / 8; ++b) o[4 * b + 2 * h] *= shrink, o[4 * b + 2 * h + 1] *= shrink;
+        }
+      }
+      rows.weigh<T>(s, p[i], problem.scale_log2);
+    } else {
+#pragma unroll
+      for (int b = 0; b < chunk / 4; ++b) p[i][b / 4][b % 4] = 0;
+    }
+    if constexpr (i + 1 < chunks) {
+      attend<i + 1>(q, k, v, some, problem);
+    } else {
+      wgmma_fence();
+      add_values<i>(v);
+      rows.add_lanes();
+      wgmma_wait<0>();
+      registers_fence(o);
+    }
+  }
+};
+
 // n: keys that a stage has room for; groups: warpgroups that compute.
-template <class T, int D, int n, int groups, int registers>
+template <class T, int D, int n, int chunk, int groups, int registers>
 VIDLA_KERNEL(128 * (groups + 1), 1) hierarchical_fwd_frames_wgmma(Problem p) {
   if constexpr (!has_wgmma) return;
-  constexpr int near = (n / 16 + 1) / 2 * 16, far = n - near;
   const unsigned lane = thread_index() & 31, g = lane / 4, j = lane % 4;
   const int warp = warp_index(), head = block_index() % p.heads, team = block_index() / p.heads;
   const int queries = p.queries(), keys = p.keys(), tiles = (queries + tile_rows - 1) / tile_rows;
-  const int stage_bytes = (2 * n + tiles * tile_rows) * table_row;
-  const uint32_t stages = shared_base(), full = stages + p.stages * stage_bytes, empty = full + 8 * p.stages;
+  constexpr int stage_bytes = 2 * n * table_row, tile_bytes = tile_rows * table_row;
+  const uint32_t stages = shared_base(), q_at = stages + p.stages * stage_bytes;  // two query tiles of each warpgroup
+  const uint32_t full = q_at + 2 * groups * tile_bytes, empty = full + 8 * p.stages;
   Place at{p.run_start(team) / p.frames, p.run_start(team) % p.frames, p.run_start(team + 1) - p.run_start(team)};
   int slot = 0, phase = 0;
   auto next_frame = [&] {
@@ -92,17 +157,9 @@ VIDLA_KERNEL(128 * (groups + 1), 1) hierarchical_fwd_frames_wgmma(Problem p) {
     mbarrier_init(full + 8 * thread_index(), 128);
     mbarrier_init(empty + 8 * thread_index(), 4 * groups);
   }
-  // Padding, for all frames: keys that P multiplies by 0, and queries.
-  for (int s = 0; s < p.stages; ++s) {
-    auto clear = [&](uint32_t table, int from, int to) {
-      for (int i = 8 * from + thread_index() - lane; i < 8 * to; i += 128 * (groups + 1))
-        cp_async_16(table + 16 * (i + lane), p.qkv, false, i + lane < 8 * to);
-    };
-    const uint32_t stage = stages + s * stage_bytes;
-    clear(stage, keys, n);
-    clear(stage + n * table_row, keys, n);
-    clear(stage + 2 * n * table_row, queries, tiles * tile_rows);
-  }
+  for (int s = 0; s < 2 * p.stages; ++s)  // keys of padding are zero for all frames, because P multiplies them by 0
+    for (int i = 8 * keys + thread_index() - lane; i < 8 * n; i += 128 * (groups + 1))
+      cp_async_16(stages + s * n * table_row + 16 * (i + lane), p.qkv, false, i + lane < 8 * n);
   cp_async_commit();
   cp_async_wait<0>();
   fence_async();
@@ -114,25 +171,20 @@ VIDLA_KERNEL(128 * (groups + 1), 1) hierarchical_fwd_frames_wgmma(Problem p) {
     const char* qkv = static_cast<const char*>(p.qkv) + 2 * (head * p.qkv_head + 8 * unit);
     for (int filled = 0; at.left > 0; ++filled) {
       if (filled >= p.stages) mbarrier_wait(empty + 8 * slot, phase ^ 1);
-      const char *q_from = qkv + 2 * (at.batch * p.qkv_batch), *k_from = q_from + 2 * p.qkv_third;
-      const char* v_from = k_from + 2 * p.qkv_third;
-      const uint32_t k_to = stages + slot * stage_bytes, v_to = k_to + n * table_row, q_to = v_to + n * table_row;
+      const char *k_from = qkv + 2 * (at.batch * p.qkv_batch + p.qkv_third), *v_from = k_from + 2 * p.qkv_third;
+      const uint32_t k_to = stages + slot * stage_bytes, v_to = k_to + n * table_row;
       int64_t from = int64_t(p.summary() + at.frame * p.patches + first) * p.token_bytes;
       uint32_t to = Rows<D>::at(first, unit);
-#pragma unroll 2
+#pragma unroll 4
       for (int row = first; row - first < p.patches; row += 16, from += 16 * p.token_bytes, to += 16 * table_row) {
-        const bool active = row < p.patches;
-        cp_async_16(k_to + to, k_from + from, true, active);
-        cp_async_16(q_to + to, q_from + from, true, active);
-        cp_async_16(v_to + to, v_from + from, true, active);
+        cp_async_16(k_to + to, k_from + from, true, row < p.patches);
+        cp_async_16(v_to + to, v_from + from, true, row < p.patches);
       }
 #pragma unroll 1
-      for (int i = first; i - first < p.summary(); i += 16) {
-        const int row = p.patches + i, key = i < p.mst() ? i + 1 : 0;  // a query's and a key's token: other orders
-        const uint32_t there = Rows<D>::at(row, unit);
-        cp_async_16(k_to + there, k_from + int64_t(key) * p.token_bytes, true, row < keys);
-        cp_async_16(q_to + there, q_from + int64_t(i) * p.token_bytes, true, i < p.summary());
-        cp_async_16(v_to + there, v_from + int64_t(key) * p.token_bytes, true, row < keys);
+      for (int key = p.patches + first; key - first < keys; key += 16) {
+        from = int64_t(key < p.patches + p.mst() ? 1 + key - p.patches : 0) * p.token_bytes;
+        cp_async_16(k_to + Rows<D>::at(key, unit), k_from + from, true, key < keys);
+        cp_async_16(v_to + Rows<D>::at(key, unit), v_from + from, true, key < keys);
       }
       mbarrier_arrive_with_copies(full + 8 * slot);
       next_frame();
@@ -143,30 +195,40 @@ VIDLA_KERNEL(128 * (groups + 1), 1) hierarchical_fwd_frames_wgmma(Problem p) {
   }
 
   registers_take<registers>();
-  int tile = warp / 4;  // this warpgroup's next one in the frame at hand
+  int tile = warp / 4, buffer = 0;  // this warpgroup's next tile in the frame at hand, and where its queries are
+  auto fetch_queries = [&](int t, int where) {  // the warp's rows of a tile in this frame or a later one
+    Place to = at;
+    for (; t >= tiles; t -= tiles) to.advance(p);
+    if (to.left <= 0) return;
+    const int unit = lane % 8, first = warp % 4 * 16 + lane / 8;
+    const char* from = static_cast<const char*>(p.qkv) + 2 * (to.batch * p.qkv_batch + head * p.qkv_head + 8 * unit);
+    const uint32_t q_to = q_at + (warp / 4 * 2 + where) * tile_bytes;
+    const int patch_0 = p.summary() + to.frame * p.patches;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = t * tile_rows + first + 4 * i, token = row < queries ? row + (row < p.patches ? patch_0 : -p.patches) : 0;
+      cp_async_16(q_to + Rows<D>::at(first + 4 * i, unit), from + int64_t(token) * p.token_bytes, row < queries);
+    }
+    cp_async_commit();
+  };
+  fetch_queries(tile, 0);
 #pragma unroll 1
   while (at.left > 0) {
     mbarrier_wait(full + 8 * slot, phase);
-    fence_async();
     const uint32_t stage = stages + slot * stage_bytes;
     const uint64_t k = matrix_descriptor(stage, Swizzle::b128, 16, 8 * table_row);
     const uint64_t v = advance(k, n * table_row);
 #pragma unroll 1
-    for (; tile < tiles; tile += groups) {
-      const uint64_t q = advance(v, (n + tile * tile_rows) * table_row);
+    for (; tile < tiles; tile += groups, buffer ^= 1) {
+      cp_async_wait<0>();
+      fence_async();
+      barrier_sync(1 + warp / 4, 128);  // the warpgroup has this tile's queries, and has read the one's before
+      fetch_queries(tile + groups, buffer ^ 1);
+      const uint64_t q = matrix_descriptor(q_at + (warp / 4 * 2 + buffer) * tile_bytes, Swizzle::b128, 16, 8 * table_row);
       const int row_0 = tile * tile_rows + warp % 4 * 16;  // the warp's first
       const bool some = row_0 < queries, some_patches = row_0 < p.patches, some_summary = some && row_0 + 16 > p.patches;
-      float left[near / 2], right[far / 2];  // scores of the first keys and of the others
-      wgmma_fence();
-#pragma unroll
-      for (int d = 0; d < D / 16; ++d) wgmma<T, near, false, false>(left, advance(q, 32 * d), advance(k, 32 * d), d > 0);
-      wgmma_commit();
-#pragma unroll
-      for (int d = 0; d < D / 16; ++d)
-        wgmma<T, far, false, false>(right, advance(q, 32 * d), advance(k, near * table_row + 32 * d), d > 0);
-      wgmma_commit();
-
-      SoftmaxRows rows{{keys, keys}, some_summary ? p.patches : keys};
+      Tile<T, D, n, chunk> t{{{keys, keys}, some_summary ? p.patches : keys}};
+      SoftmaxRows& rows = t.rows;
       if (some_summary) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -175,30 +237,8 @@ VIDLA_KERNEL(128 * (groups + 1), 1) hierarchical_fwd_frames_wgmma(Problem p) {
             rows.limit[h] = p.frame_visible(at.frame, row - p.patches) ? p.limit(at.frame, row) : 0;
         }
       }
-      uint32_t left_p[near / 16][4] = {}, right_p[far / 16][4] = {};
-      float o[D / 2];
-      wgmma_wait<1>();
-      registers_fence(left);
-      if (some) rows.see(left, 0);
-      wgmma_wait<0>();
-      registers_fence(right);
-      if (some) {
-        rows.see(right, near);
-        rows.settle(p.scale_log2);
-        rows.weigh<T>(left, left_p, p.scale_log2);
-      }
-      wgmma_fence();
-#pragma unroll
-      for (int i = 0; i < near / 16; ++i) wgmma<T, D, true>(o, left_p[i], advance(v, 16 * i * table_row), i > 0);
-      wgmma_commit();
-      if (some) rows.weigh<T>(right, right_p, p.scale_log2);
-      wgmma_fence();
-#pragma unroll
-      for (int i = 0; i < far / 16; ++i) wgmma<T, D, true>(o, right_p[i], advance(v, (near + 16 * i) * table_row), true);
-      wgmma_commit();
-      rows.add_lanes();
-      wgmma_wait<0>();
-      registers_fence(o);
+      t.template attend<0>(q, k, v, some, p);
+      float(&o)[D / 2] = t.o;
 
       const int64_t clip = int64_t(at.batch) * p.heads + head;
 #pragma unroll
@@ -243,27 +283,25 @@ VIDLA_KERNEL(128 * (groups + 1), 1) hierarchical_fwd_frames_wgmma(Problem p) {
 }
 
 // ---- host ----------------------------------------------------------------------------------------------------------
-template <int D, int n> int wgmma_stage(const Layout& p) {
-  return (2 * n + (p.queries() + tile_rows - 1) / tile_rows * tile_rows) * table_row;
-}
-template <int D, int n> int wgmma_stages(const Layout& p) {
-  return least(8, (shared_memory_limit() - 128) / wgmma_stage<D, n>(p));
+constexpr int wgmma_stage(int n) { return 2 * n * table_row + 16; }  // bytes, mbarriers included
+template <int D, int n, int groups> int wgmma_stages() {
+  return least(4, (shared_memory_limit() - 2 * groups * tile_rows * table_row) / wgmma_stage(n));
 }
 
 template <class T, int D> int combine(const Problem& p, void* stream);
 
 // With dry: only says whether this configuration can take the call.
-template <class T, int D, int n, int groups, int registers> int run_wgmma(Problem p, void* stream, bool dry) {
+template <class T, int D, int n, int chunk, int groups, int registers> int run_wgmma(Problem p, void* stream, bool dry) {
   if (architecture() / 10 != 9) return other_gpu;
-  p.stages = wgmma_stages<D, n>(p);
+  p.stages = wgmma_stages<D, n, groups>();
   if (p.keys() > n || p.stages < 2) return no_room;
   if (dry) return 0;
   p.carry = 0;
-  p.shared = p.stages * (wgmma_stage<D, n>(p) + 16);
+  p.shared = p.stages * wgmma_stage(n) + 2 * groups * tile_rows * table_row;
   const int frames = p.batch * p.frames, slots = multiprocessors();
   p.teams = least(frames, slots > p.heads ? slots / p.heads : 1);
   p.run = frames / p.teams, p.longer = frames % p.teams;
-  const int status = launch<hierarchical_fwd_frames_wgmma<T, D, n, groups, registers>>(
+  const int status = launch<hierarchical_fwd_frames_wgmma<T, D, n, chunk, groups, registers>>(
       "fwd_frames_wgmma", p.teams * p.heads, 128 * (groups + 1), p.shared, stream, p);
   return status ? status : combine<T, D>(p, stream);
 }
