@@ -125,8 +125,9 @@ class _Warp:
     def __init__(self, block: int, part: int, path: list, time: float, barriers: dict, index: int) -> None:
         self.block, self.part, self.path, self.time = block, part, path, time
         self.barriers, self.index = barriers, index
-        self.pc, self.pending, self.held = 0, 0.0, False  # held: waits for the other warps of its block,
+        self.pc, self.held = 0, False  # held: waits for the other warps of its block,
         self.meets = 0  # or for so many of them at this barrier's number
+        self.pending = {"ldgsts": 0.0, "wgmma": 0.0}  # when the last of each is there
         self.scoreboards = [0.0] * 6
         self.setters = [""] * 6  # kinds of the instructions that set them
         self.issued = time
@@ -251,14 +252,14 @@ def replay(
         for board, until in ((x.sets, done), (x.reads, now + busy + LATENCY["sts"])):
             if board < 6 and until > w.scoreboards[board]:
                 w.scoreboards[board], w.setters[board] = until, x.kind
-        if x.kind in ("ldgsts", "wgmma"):
-            w.pending = max(w.pending, done)
+        if x.kind in w.pending:
+            w.pending[x.kind] = max(w.pending[x.kind], done)
         if x.kind == "wgmma" and "gsb" in x.args:
-            w.mma.append(w.pending)
+            w.mma.append(w.pending["wgmma"])
         elif x.op == "LDGDEPBAR":
-            w.copies.append(w.pending)
+            w.copies.append(w.pending["ldgsts"])
         if event and event[0] in ARRIVALS and event[1] in w.barriers:
-            w.barriers[event[1]].arrived[w.index].append(max(now, w.pending) if event[0] == "copies" else now)
+            w.barriers[event[1]].arrived[w.index].append(max(now, w.pending["ldgsts"]) if event[0] == "copies" else now)
             for v in live:
                 if v.block == w.block and v.ready == math.inf and v is not w:
                     v.settle()
