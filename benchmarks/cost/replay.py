@@ -5,10 +5,11 @@
 
 As many blocks as fit are resident, a quarter of the multiprocessor issues one instruction a cycle, units are held as long
 as the public rates say, latencies of fixed length are those that the assembler wrote into the code and the others the
-constants below, none of which was fitted to a timing. Barriers of a block or of some of its warps and mbarriers hold warps as they do on the
-machine, a phase of an mbarrier being over when every warp that arrives at it has, once. Operands that wgmma has in shared
-memory pass through its port, 128 bytes a clock, as all else that is read there. Not modelled: TMA, bank conflicts, instruction cache, gaps between launches, cache misses beyond `dram_bytes`. docs/kernels.md has the table of
-estimates beside measured times.
+constants below, none of which was fitted to a timing. Barriers of a block or of some of its warps and mbarriers hold warps
+as they do on the machine, a phase of an mbarrier being over when every warp that arrives at it has, once. What wgmma reads in
+shared memory passes through the same 128 bytes a clock as everything else there. Not modelled: TMA, bank conflicts,
+instruction cache, gaps between launches, cache misses beyond `dram_bytes`. docs/kernels.md has the table of estimates beside
+measured times.
 
 Constants. NVIDIA A100 and H100 whitepapers: multiprocessors, clocks, registers and shared memory, dense bf16 rate (312 and
 989 TFLOP/s), memory bandwidth; width of L2, 5120 bytes a clock (A100's, taken for both). CUDA C++ Programming Guide,
@@ -270,7 +271,7 @@ def replay(
             w.held, w.time = True, w.time + LATENCY["bar"]
             some = event and event[0] == "sync" and event[1]
             w.meets = event[1] if some else 0
-            mates = [v for v in live if v.block == w.block and (not some or v.held and v.meets == w.meets)]
+            mates = [v for v in live if v.block == w.block and (not some or (v.held and v.meets == w.meets))]
             wanted = event[2] // 32 * len(members[w.block % len(members)]) // warps if some else len(mates)
             if len(mates) == wanted and all(v.held and v.meets == w.meets for v in mates):
                 meet = max(v.time for v in mates)

@@ -241,11 +241,11 @@ constexpr bool has_wgmma = false;
 //           further on; 8 k have that pitch, the next 8 begin `stride_bytes` further on. Without swizzle the two change places.
 // The swizzle exchanges units within 128, 64 or 32 bytes by the address bits above (7-9, 7-8, 7), so that what lies as
 // Rows<64> of hierarchical.cuh is b128, from a multiple of 1024 bytes.
-VIDLA_DEVICE uint64_t matrix_descriptor(uint32_t at, Swizzle swizzle, int leading_bytes, int stride_bytes) {
+VIDLA_HOST_DEVICE uint64_t matrix_descriptor(uint32_t at, Swizzle swizzle, int leading_bytes, int stride_bytes) {
   return (at & 0x3ffff) >> 4 | uint64_t(leading_bytes >> 4 & 0x3fff) << 16 | uint64_t(stride_bytes >> 4 & 0x3fff) << 32 |
          uint64_t(4 - int(swizzle) & 3) << 62;
 }
-VIDLA_DEVICE uint64_t advance(uint64_t descriptor, int bytes) { return descriptor + (bytes >> 4); }
+VIDLA_HOST_DEVICE uint64_t advance(uint64_t descriptor, int bytes) { return descriptor + (bytes >> 4); }
 
 // n, its n / 2 accumulators as text, numbers of the operands behind them, the accumulators as operands.
 #define VIDLA_D2(t) "%" #t "0, %" #t "1"
