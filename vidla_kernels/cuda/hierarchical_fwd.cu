@@ -505,7 +505,7 @@ inline int choose(const Call& c) {
   int number = mma_variants(c.head_dim);
 #define VIDLA_FITS(D, n, chunk, groups, registers)                                                 \
   if (c.head_dim == D) {                                                                    \
-    if (layout.keys() <= n && wgmma_stages<D, n, groups>() > 1) return number;              \
+    if (layout.keys() <= n && wgmma_tables<D, n, groups>() > 2) return number;              \
     ++number;                                                                               \
   }
   VIDLA_FORWARD_WGMMA(VIDLA_FITS)

@@ -74,6 +74,14 @@ struct SoftmaxRows {
   }
 };
 
+// What a tile is computed from.
+struct Tables {
+  uint64_t q, k, v;          // descriptors
+  uint32_t v_full, k_empty;  // mbarriers: V is there; K is done with,
+  int v_phase;
+  bool last;  // with this tile
+};
+
 // 64 query rows of a warpgroup and all n keys of a frame, `chunk` at a time. The scores of a chunk and PV of the one before are
 // under way together.
 template <class T, int D, int n, int chunk> struct Tile {
@@ -92,16 +100,17 @@ template <class T, int D, int n, int chunk> struct Tile {
   }
 
   // some: the warp has rows, if not, it takes part in the products alone.
-  template <int i> VIDLA_DEVICE void attend(uint64_t q, uint64_t k, uint64_t v, bool some, const Problem& problem) {
+  template <int i> VIDLA_DEVICE void attend(const Tables& tables, bool some, const Problem& problem) {
     float s[size<i> / 2];
     wgmma_fence();
 #pragma unroll
     for (int d = 0; d < D / 16; ++d)
-      wgmma<T, size<i>, false, false>(s, advance(q, 32 * d), advance(k, i * chunk * table_row + 32 * d), d > 0);
+      wgmma<T, size<i>, false, false>(s, advance(tables.q, 32 * d), advance(tables.k, i * chunk * table_row + 32 * d), d > 0);
     wgmma_commit();
-    if constexpr (i > 0) add_values<i - 1>(v);
+    if constexpr (i > 0) add_values<i - 1>(tables.v);
     wgmma_wait<(i > 0)>();
     registers_fence(s);
+    if (i + 1 == chunks && tables.last) mbarrier_arrive(tables.k_empty);
     if (some) {
       float top[2];
       rows.see(s, i * chunk, top);
@@ -124,11 +133,15 @@ template <class T, int D, int n, int chunk> struct Tile {
 #pragma unroll
       for (int b = 0; b < chunk / 4; ++b) p[i][b / 4][b % 4] = 0;
     }
+    if (i == 0) {
+      mbarrier_wait(tables.v_full, tables.v_phase);
+      fence_async();
+    }
     if constexpr (i + 1 < chunks) {
-      attend<i + 1>(q, k, v, some, problem);
+      attend<i + 1>(tables, some, problem);
     } else {
       wgmma_fence();
-      add_values<i>(v);
+      add_values<i>(tables.v);
       rows.add_lanes();
       wgmma_wait<0>();
       registers_fence(o);
@@ -143,23 +156,22 @@ VIDLA_KERNEL(128 * (groups + 1), 1) hierarchical_fwd_frames_wgmma(Problem p) {
   const unsigned lane = thread_index() & 31, g = lane / 4, j = lane % 4;
   const int warp = warp_index(), head = block_index() % p.heads, team = block_index() / p.heads;
   const int queries = p.queries(), keys = p.keys(), tiles = (queries + tile_rows - 1) / tile_rows;
-  constexpr int stage_bytes = 2 * n * table_row, tile_bytes = tile_rows * table_row;
-  const uint32_t stages = shared_base(), q_at = stages + p.stages * stage_bytes;  // two query tiles of each warpgroup
+  constexpr int table_bytes = n * table_row, tile_bytes = tile_rows * table_row;
+  const uint32_t tables = shared_base(), q_at = tables + p.stages * table_bytes;  // two query tiles of each warpgroup
   const uint32_t full = q_at + 2 * groups * tile_bytes, empty = full + 8 * p.stages;
   Place at{p.run_start(team) / p.frames, p.run_start(team) % p.frames, p.run_start(team + 1) - p.run_start(team)};
   int slot = 0, phase = 0;
-  auto next_frame = [&] {
+  auto next_table = [&] {
     if (++slot == p.stages) slot = 0, phase ^= 1;
-    at.advance(p);
   };
 
   if (thread_index() < p.stages) {
     mbarrier_init(full + 8 * thread_index(), 128);
     mbarrier_init(empty + 8 * thread_index(), 4 * groups);
   }
-  for (int s = 0; s < 2 * p.stages; ++s)  // keys of padding are zero for all frames, because P multiplies them by 0
+  for (int s = 0; s < p.stages; ++s)  // keys of padding are zero for all frames, because P multiplies them by 0
     for (int i = 8 * keys + thread_index() - lane; i < 8 * n; i += 128 * (groups + 1))
-      cp_async_16(stages + s * n * table_row + 16 * (i + lane), p.qkv, false, i + lane < 8 * n);
+      cp_async_16(tables + s * table_bytes + 16 * (i + lane), p.qkv, false, i + lane < 8 * n);
   cp_async_commit();
   cp_async_wait<0>();
   fence_async();
@@ -169,25 +181,23 @@ VIDLA_KERNEL(128 * (groups + 1), 1) hierarchical_fwd_frames_wgmma(Problem p) {
     registers_give<32>();
     const int unit = lane % 8, first = (warp - 4 * groups) * 4 + lane / 8;  // 16 rows at a time
     const char* qkv = static_cast<const char*>(p.qkv) + 2 * (head * p.qkv_head + 8 * unit);
-    for (int filled = 0; at.left > 0; ++filled) {
+    for (int filled = 0; at.left > 0; ++filled) {  // K of a frame, V, K of the next
       if (filled >= p.stages) mbarrier_wait(empty + 8 * slot, phase ^ 1);
-      const char *k_from = qkv + 2 * (at.batch * p.qkv_batch + p.qkv_third), *v_from = k_from + 2 * p.qkv_third;
-      const uint32_t k_to = stages + slot * stage_bytes, v_to = k_to + n * table_row;
-      int64_t from = int64_t(p.summary() + at.frame * p.patches + first) * p.token_bytes;
-      uint32_t to = Rows<D>::at(first, unit);
+      const char* from = qkv + 2 * (at.batch * p.qkv_batch + (1 + filled % 2) * p.qkv_third);
+      const char* patches = from + int64_t(p.summary() + at.frame * p.patches + first) * p.token_bytes;
+      const uint32_t table = tables + slot * table_bytes;
+      uint32_t to = table + Rows<D>::at(first, unit);
 #pragma unroll 4
-      for (int row = first; row - first < p.patches; row += 16, from += 16 * p.token_bytes, to += 16 * table_row) {
-        cp_async_16(k_to + to, k_from + from, true, row < p.patches);
-        cp_async_16(v_to + to, v_from + from, true, row < p.patches);
-      }
+      for (int row = first; row - first < p.patches; row += 16, patches += 16 * p.token_bytes, to += 16 * table_row)
+        cp_async_16(to, patches, true, row < p.patches);
 #pragma unroll 1
       for (int key = p.patches + first; key - first < keys; key += 16) {
-        from = int64_t(key < p.patches + p.mst() ? 1 + key - p.patches : 0) * p.token_bytes;
-        cp_async_16(k_to + Rows<D>::at(key, unit), k_from + from, true, key < keys);
-        cp_async_16(v_to + Rows<D>::at(key, unit), v_from + from, true, key < keys);
+        const int token = key < p.patches + p.mst() ? 1 + key - p.patches : 0;
+        cp_async_16(table + Rows<D>::at(key, unit), from + int64_t(token) * p.token_bytes, true, key < keys);
       }
       mbarrier_arrive_with_copies(full + 8 * slot);
-      next_frame();
+      next_table();
+      if (filled % 2) at.advance(p);
     }
     cp_async_commit();
     cp_async_wait<0>();
@@ -215,9 +225,11 @@ VIDLA_KERNEL(128 * (groups + 1), 1) hierarchical_fwd_frames_wgmma(Problem p) {
 #pragma unroll 1
   while (at.left > 0) {
     mbarrier_wait(full + 8 * slot, phase);
-    const uint32_t stage = stages + slot * stage_bytes;
-    const uint64_t k = matrix_descriptor(stage, Swizzle::b128, 16, 8 * table_row);
-    const uint64_t v = advance(k, n * table_row);
+    const uint64_t k = matrix_descriptor(tables + slot * table_bytes, Swizzle::b128, 16, 8 * table_row);
+    const uint32_t k_empty = empty + 8 * slot;
+    next_table();
+    const uint64_t v = matrix_descriptor(tables + slot * table_bytes, Swizzle::b128, 16, 8 * table_row);
+    if (tile >= tiles) mbarrier_wait(full + 8 * slot, phase), mbarrier_arrive(k_empty);  // not this warpgroup's frame
 #pragma unroll 1
     for (; tile < tiles; tile += groups, buffer ^= 1) {
       cp_async_wait<0>();
@@ -237,7 +249,7 @@ VIDLA_KERNEL(128 * (groups + 1), 1) hierarchical_fwd_frames_wgmma(Problem p) {
             rows.limit[h] = p.frame_visible(at.frame, row - p.patches) ? p.limit(at.frame, row) : 0;
         }
       }
-      t.template attend<0>(q, k, v, some, p);
+      t.template attend<0>({q, k, v, full + 8 * slot, k_empty, phase, tile + groups >= tiles}, some, p);
       float(&o)[D / 2] = t.o;
 
       const int64_t clip = int64_t(at.batch) * p.heads + head;
@@ -278,14 +290,15 @@ VIDLA_KERNEL(128 * (groups + 1), 1) hierarchical_fwd_frames_wgmma(Problem p) {
     }
     tile -= tiles;
     mbarrier_arrive(empty + 8 * slot);
-    next_frame();
+    next_table();
+    at.advance(p);
   }
 }
 
 // ---- host ----------------------------------------------------------------------------------------------------------
-constexpr int wgmma_stage(int n) { return 2 * n * table_row + 16; }  // bytes, mbarriers included
-template <int D, int n, int groups> int wgmma_stages() {
-  return least(4, (shared_memory_limit() - 2 * groups * tile_rows * table_row) / wgmma_stage(n));
+constexpr int wgmma_table(int n) { return n * table_row + 16; }  // bytes, mbarriers included
+template <int D, int n, int groups> int wgmma_tables() {
+  return least(16, (shared_memory_limit() - 2 * groups * tile_rows * table_row) / wgmma_table(n));
 }
 
 template <class T, int D> int combine(const Problem& p, void* stream);
@@ -293,11 +306,11 @@ template <class T, int D> int combine(const Problem& p, void* stream);
 // With dry: only says whether this configuration can take the call.
 template <class T, int D, int n, int chunk, int groups, int registers> int run_wgmma(Problem p, void* stream, bool dry) {
   if (architecture() / 10 != 9) return other_gpu;
-  p.stages = wgmma_stages<D, n, groups>();
-  if (p.keys() > n || p.stages < 2) return no_room;
+  p.stages = wgmma_tables<D, n, groups>();
+  if (p.keys() > n || p.stages < 3) return no_room;
   if (dry) return 0;
   p.carry = 0;
-  p.shared = p.stages * wgmma_stage(n) + 2 * groups * tile_rows * table_row;
+  p.shared = p.stages * wgmma_table(n) + 2 * groups * tile_rows * table_row;
   const int frames = p.batch * p.frames, slots = multiprocessors();
   p.teams = least(frames, slots > p.heads ? slots / p.heads : 1);
   p.run = frames / p.teams, p.longer = frames % p.teams;
