@@ -285,8 +285,8 @@ BREAKS = (
     Break(
         "forward",
         "wgmma: sums are scaled while values are added",
-        "        wgmma_wait<0>();\n        registers_fence(o);\n        const float before",
-        "        const float before",
+        "      wgmma_wait<0>();\n      registers_fence(o);\n      if (grown)",
+        "      registers_fence(o);\n      if (grown)",
         "emulation",
         hopper=True,
     ),
@@ -369,7 +369,12 @@ BREAKS = (
         hopper=True,
     ),
     Break(
-        "forward", "wgmma: outgrown sums are not scaled down", "          rows.sum[h] *= shrink;\n", "", "values", hopper=True
+        "forward",
+        "wgmma: outgrown sums are not scaled down",
+        "          rows.sum[h] *= shrink[h];\n",
+        "",
+        "values",
+        hopper=True,
     ),
     Break(
         "forward",
@@ -401,6 +406,14 @@ BREAKS = (
         "wgmma: warps without rows leave the products to the others",
         "      t.template attend<0>({q, k, v, full + 8 * slot, k_empty, phase, tile + groups >= tiles}, some, p);",
         "      if (some) t.template attend<0>({q, k, v, full + 8 * slot, k_empty, phase, tile + groups >= tiles}, some, p);",
+        "emulation",
+        hopper=True,
+    ),
+    Break(
+        "forward",
+        "wgmma: only warps that scale their sums wait",
+        "      wgmma_wait<0>();\n      registers_fence(o);\n      if (grown)",
+        "      if (grown) wgmma_wait<0>();\n      registers_fence(o);\n      if (grown)",
         "emulation",
         hopper=True,
     ),

@@ -469,7 +469,8 @@ int run(Problem p, void* stream, bool dry) {
   V(0, 96, 1, 64, 7, 1, 1)                                                                \
   V(0, 128, 1, 64, 7, 1, 1)
 
-// And those of hierarchical_fwd_sm90.cuh, whose numbers follow: V(D, most keys, keys a chunk, warpgroups that compute, their registers).
+// And those of hierarchical_fwd_sm90.cuh, whose numbers follow: V(D, most keys, keys a chunk, warpgroups that compute, their
+// registers). Of 272 keys, chunks of 144 are too many scores for 160 registers: ptxas then waits for each wgmma.
 #define VIDLA_FORWARD_WGMMA(V) \
   V(64, 64, 64, 3, 160)        \
   V(64, 128, 128, 3, 160)      \

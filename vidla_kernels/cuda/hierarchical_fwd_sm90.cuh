@@ -1,22 +1,25 @@
 // Hierarchical attention, forward, frame by frame, on Hopper: what hierarchical_fwd.cu launches there instead of its own
-// kernel where a frame's keys fit. Same arguments, same results, same partial results for the same combine kernel.
+// kernel where a frame's keys fit. Same arguments, same results, partial results for the same combine kernel.
 //
-// Tiling. As there a block stays, owns a head and a run of consecutive frames, and has one stage of shared memory filled while
-// it computes from another; but a stage holds all of a frame: K, V and the queries, in rows of 128 bytes with the 128-byte
-// swizzle. One warpgroup does nothing but copy, by cp.async, and gives most of its registers to the others. Each of those takes
-// every so-manieth tile of 64 query rows, across frames, so that all have the same work and none waits for the others: S = QK'
-// from shared memory, all n keys of the frame at once, in registers; one maximum a row and no rescaling; P = exp2, packed to be
-// the A operand; O = PV. Two matrix products a tile, each one group of asynchronous instructions; while one warpgroup is in its
-// softmax, others multiply. Rows are masked only in the columns that some row of the tile must not see.
-// The summary rows are the last of a frame; warps of the last tile that have no rows skip the softmax, not the products.
-// Their shares (m, l, acc) leave at every frame. A row of padding is zero in shared memory from the start.
+// Tiling. As there a block stays, and owns a head and a run of consecutive frames. Its last warpgroup does nothing but copy, by
+// cp.async, and gives most of its registers to the others. K and V of a frame are tables in a ring of as many as fit, rows of
+// 128 bytes with the 128-byte swizzle, which wgmma reads as they are; a table comes in once for all queries of the frame, and
+// is free again when the last warpgroup is done with it: K before V. mbarriers say that a table is full, and that it is free.
+// The other warpgroups take 64 query rows at a time, a tile, in turns and from frame to frame, so that all have the same work
+// and none waits for the others. A warpgroup has two buffers for queries: its warps fill one while it works on the other.
+// It walks over the keys in chunks: S = QK' of a chunk by wgmma into registers, while PV of the chunk before is added up;
+// maximum, P = exp2, packed to be the A operand. Sums are rescaled only when a maximum has grown by more than a factor of 2^8.
+// Columns are masked, 16 at a time, only where some row of the warp must not see them.
+// The summary rows are the last of a frame. Warps of the last tile that have no rows skip the softmax, not the products. Patch
+// rows are final and written once; summary rows leave (m, l, acc) at every frame. Padding of tables is zero from the start.
 // hierarchical_fwd.cu includes this behind its Problem and Place.
 #pragma once
 
 namespace vidla {
 constexpr int tile_rows = 64, table_row = 128;  // rows of a warpgroup; bytes of a row of 64 numbers
 
-// The softmax of a warp's 16 rows. [h]: row g, g + 8. Scores of m keys, from number `key` on: float[m / 2], as wgmma leaves them.
+// The softmax of a warp's 16 rows. [h]: row g, g + 8. Scores of m keys, from number `key` on, are float[m / 2], as wgmma leaves
+// them.
 struct SoftmaxRows {
   int limit[2];  // the row sees the keys below; 0: nothing in this frame
   int common;    // all of the rows see the keys below, except those that see nothing
@@ -53,7 +56,8 @@ struct SoftmaxRows {
     }
   }
   // P, in 16 bits as the A operand of wgmma: two score tiles side by side.
-  template <class T, int half, int blocks> VIDLA_DEVICE void weigh(float (&s)[half], uint32_t (&p)[blocks][4], float scale_log2) {
+  template <class T, int half, int blocks>
+  VIDLA_DEVICE void weigh(float (&s)[half], uint32_t (&p)[blocks][4], float scale_log2) {
 #pragma unroll
     for (int b = 0; b < half / 4; ++b) {
 #pragma unroll
@@ -111,21 +115,19 @@ template <class T, int D, int n, int chunk> struct Tile {
     wgmma_wait<(i > 0)>();
     registers_fence(s);
     if (i + 1 == chunks && tables.last) mbarrier_arrive(tables.k_empty);
+    bool grown = false;
+    float shrink[2];
     if (some) {
       float top[2];
       rows.see(s, i * chunk, top);
       if (i == 0) rows.settle(top, problem.scale_log2);
-      else if (warp_any(rows.grown(top, problem.slack))) {
-        wgmma_wait<0>();
-        registers_fence(o);
+      else if ((grown = warp_any(rows.grown(top, problem.slack)))) {
         const float before[2] = {rows.offset[0], rows.offset[1]};
         rows.settle(top, problem.scale_log2);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const float shrink = rows.limit[h] ? exp2_fast(rows.offset[h] - before[h]) : 1;
-          rows.sum[h] *= shrink;
-#pragma unroll
-          for (int b = 0; b < D / 8; ++b) o[4 * b + 2 * h] *= shrink, o[4 * b + 2 * h + 1] *= shrink;
+          shrink[h] = rows.limit[h] ? exp2_fast(rows.offset[h] - before[h]) : 1;
+          rows.sum[h] *= shrink[h];
         }
       }
       rows.weigh<T>(s, p[i], problem.scale_log2);
@@ -133,9 +135,16 @@ template <class T, int D, int n, int chunk> struct Tile {
 #pragma unroll
       for (int b = 0; b < chunk / 4; ++b) p[i][b / 4][b % 4] = 0;
     }
-    if (i == 0) {
+    if constexpr (i == 0) {
       mbarrier_wait(tables.v_full, tables.v_phase);
       fence_async();
+    } else {
+      wgmma_wait<0>();
+      registers_fence(o);
+      if (grown) {
+#pragma unroll
+        for (int e = 0; e < D / 2; ++e) o[e] *= shrink[e / 2 % 2];
+      }
     }
     if constexpr (i + 1 < chunks) {
       attend<i + 1>(tables, some, problem);
@@ -149,7 +158,7 @@ template <class T, int D, int n, int chunk> struct Tile {
   }
 };
 
-// n: keys that a stage has room for; groups: warpgroups that compute.
+// n: keys that a table has room for; groups: warpgroups that compute; registers: of each of their threads. p.stages: tables.
 template <class T, int D, int n, int chunk, int groups, int registers>
 VIDLA_KERNEL(128 * (groups + 1), 1) hierarchical_fwd_frames_wgmma(Problem p) {
   if constexpr (!has_wgmma) return;
