@@ -860,7 +860,7 @@ inline int load_constant(const int* from) { return *from; }
 
 // ---- Hopper --------------------------------------------------------------------------------------------------------
 constexpr bool has_wgmma = true;
-inline int architecture();
+inline bool wgmma_runs();
 
 inline uint64_t matrix_descriptor(uint32_t at, Swizzle swizzle, int leading_bytes, int stride_bytes) {
   return (at & 0x3ffff) >> 4 | uint64_t(leading_bytes >> 4 & 0x3fff) << 16 | uint64_t(stride_bytes >> 4 & 0x3fff) << 32 |
@@ -948,7 +948,7 @@ inline void same_in_warpgroup(Warp& w, const std::array<uint64_t, 3>& mine) {
 
 inline void issue(Warp& w, Wgmma x) {
   const std::string here = place(*worker->lane);
-  if (architecture() / 10 != 9) error("wgmma", "on a GPU that has none, " + here);
+  if (!wgmma_runs()) error("wgmma", "on a GPU that has none, " + here);
   if (w.index / 4 * 4 + 4 > int(worker->warps.size())) abandon_block("wgmma", here + " is of no whole warpgroup");
   if (!w.wgmma_fenced) error("wgmma without a wgmma_fence since the last wait", here);
   const uint64_t shape = uint64_t(x.n) << 4 | x.a_shared << 3 | x.a_mn << 2 | x.b_mn << 1 | x.accumulate;
@@ -1124,6 +1124,7 @@ inline void stmatrix_x4_trans(uint32_t row, const uint32_t (&r)[4]) { emulate::s
 // The GPU that is played: VIDLA_EMULATE_ARCH 80 or 90, with VIDLA_EMULATE_SMS multiprocessors.
 inline int multiprocessors() { return emulate::environment("VIDLA_EMULATE_SMS", 2); }
 inline int architecture() { return emulate::environment("VIDLA_EMULATE_ARCH", 80); }
+inline bool wgmma_runs() { return architecture() / 10 == 9; }
 inline int shared_memory_limit() { return (architecture() == 80 ? 163 : architecture() / 10 == 9 ? 227 : 99) * 1024; }
 template <auto kernel, class P> int launch(const char* name, int blocks, int threads, int shared, void*, P p) {
   if (shared > shared_memory_limit()) return 1;  // cudaErrorInvalidValue
