@@ -116,6 +116,7 @@ struct Record {  // all of it behind `lock` except the atomic increments in Buff
   std::map<std::string, Counters> kernels;
   std::map<std::string, int64_t> errors;  // kind -> count
   std::vector<std::string> messages;      // the first few, in words
+  std::atomic<int> told{0};               // how many those are
 };
 inline Record& record() {
   static Record r;
@@ -125,8 +126,9 @@ inline Record& record() {
 inline void error(const char* kind, const std::string& detail) {
   std::lock_guard<std::mutex> hold(record().lock);
   ++record().errors[kind];
-  if (record().messages.size() < 8) record().messages.push_back(std::string(kind) + ": " + detail);
+  if (record().told < 8) ++record().told, record().messages.push_back(std::string(kind) + ": " + detail);
 }
+inline bool all_told() { return record().told >= 8; }  // errors come by the thousand, and words take time
 
 // ---- a block in flight ---------------------------------------------------------------------------------------------
 enum class Op {
@@ -333,6 +335,7 @@ inline void note_read(const Warp& w, uint16_t reader, uint32_t at, int bytes, co
   for (uint32_t i = at / 4; i < (at + bytes) / 4; ++i) {
     Word& s = worker->shadow[i];
     auto tell = [&](const char* kind) {
+      if (all_told()) return error(kind, "");
       error(kind, std::string(what) + " of byte " + std::to_string(4 * i) + " by warp " + std::to_string(w.index) +
                       ", written by thread " + std::to_string(s.writer) + ", block " + std::to_string(worker->block));
     };
@@ -352,7 +355,7 @@ inline void note_write(const Lane& me, uint32_t at, int bytes, bool in_flight, c
   for (uint32_t i = at / 4; i < (at + bytes) / 4; ++i) {
     Word& s = worker->shadow[i];
     auto tell = [&](const char* kind) {
-      error(kind, std::string(what) + " of byte " + std::to_string(4 * i) + " by " + place(me));
+      error(kind, all_told() ? "" : std::string(what) + " of byte " + std::to_string(4 * i) + " by " + place(me));
     };
     if (s.in_flight) tell("write over bytes in flight");
     if (s.wgmmas) tell("write over the operand of a wgmma under way");
@@ -980,6 +983,6 @@ extern "C" __attribute__((used, visibility("default"))) inline const char* vidla
   for (auto& m : r.messages) messages.push_back("\"" + m + "\"");
   text = "{\"kernels\": {" + list(kernels) + "}, \"buffers\": {" + list(buffers) + "}, \"errors\": {" + list(errors) +
          "}, \"messages\": [" + list(messages) + "]}";
-  r.kernels.clear(), r.buffers.clear(), r.errors.clear(), r.messages.clear();
+  r.kernels.clear(), r.buffers.clear(), r.errors.clear(), r.messages.clear(), r.told = 0;
   return text.c_str();
 }

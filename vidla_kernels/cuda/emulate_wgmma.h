@@ -69,7 +69,8 @@ inline void operands(const Warp& w, const Wgmma& x, int by) {
       if (by < 0) s.reader = Word::several, s.read_epoch = worker->epoch, s.read_syncs = w.syncs;
     }
     if (!visible)
-      error("no fence_async between a write and wgmma", "of byte " + std::to_string(at) + ", " + place(*worker->lane));
+      error("no fence_async between a write and wgmma",
+            all_told() ? "" : "of byte " + std::to_string(at) + ", " + place(*worker->lane));
   };
   if (x.a_shared) Matrix(x.a, x.a_mn).units(64, see);
   Matrix(x.b, x.b_mn).units(x.n, see);
