@@ -329,7 +329,7 @@ BREAKS = (
         hopper=True,
     ),
     Break(
-        "forward", "wgmma: sums do not start at zero", "table_row), i + b > 0);", "table_row), true);", "values", hopper=True
+        "forward", "wgmma: each chunk starts a new sum", "table_row), i + b > 0);", "table_row), b > 0);", "values", hopper=True
     ),
     Break(
         "forward",
