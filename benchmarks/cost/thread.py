@@ -250,6 +250,12 @@ def _spill(x: Decoded) -> Effect:
     return run
 
 
+@meaning("USETMAXREG")
+def _registers(x: Decoded) -> Effect:
+    """Asking for registers is repeated until it succeeds, which is at once as far as one warp can know."""
+    return write(x.args[:1], lambda: 1) if x.has("TRY_ALLOC") else lambda t: None
+
+
 @meaning("MOV", "S2R", "S2UR", "R2UR", "I2I", "CS2R")
 def _move(x: Decoded) -> Effect:
     source = reader(x.values()[0])
@@ -501,7 +507,7 @@ def _shuffle(x: Decoded) -> Effect:
     return write([x.args[1], x.args[0]], lambda a, lane: (a if lane == 0 else None, 1), *x.readers(2, 3))
 
 
-@meaning("VOTE")
+@meaning("VOTE", "VOTEU")
 def _vote(x: Decoded) -> Effect:
     """Taken to be unanimous with the first thread."""
     return write([next(a for a in x.args if is_predicate(a))], lambda a: a, reader(x.args[-1]))

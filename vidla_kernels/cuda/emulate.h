@@ -5,6 +5,10 @@
 // What it is strict about, beyond the values:
 //   shared memory   starts as NaN; reading what nobody wrote is an error, as is any access outside the allocation
 //   cp.async        lands at the wait_group that covers it, not before; touching its destination earlier is an error
+//   wgmma           is computed at the wait that covers it, from descriptors decoded bit by bit and shared memory as it is
+//                   then. Until then accumulators hold a NaN; writing them, registers that are an operand, or shared memory
+//                   that a descriptor tells of, is an error, and so are a fence, commit or wait that is missing, operands
+//                   that no fence_async made visible, and warps of a warpgroup that issue different products
 //   races           each 4-byte word remembers its last writer and reader as (thread, barriers passed, warp syncs
 //                   passed); an access that no block_sync, or warp_sync inside a warp, puts after those is an error
 //   global memory   accesses outside a watched buffer are errors, and so is what one block writes and another one of
@@ -21,6 +25,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -86,7 +91,7 @@ template <> inline float widen<fp16>(uint16_t x) {
 // ---- what a launch leaves behind -----------------------------------------------------------------------------------
 struct Counters {
   int64_t blocks = 0, mma = 0, exp2 = 0, shuffles = 0, barriers = 0, warp_syncs = 0;
-  int64_t ldmatrix = 0, cp_async = 0, store_shared = 0;                              // warp instructions
+  int64_t ldmatrix = 0, cp_async = 0, store_shared = 0, wgmma = 0;                   // warp instructions; mma: wgmma's too
   int64_t ldmatrix_conflicts = 0, cp_async_conflicts = 0, store_conflicts = 0;       // extra passes (store: load_shared's too)
   int64_t shared_read = 0, shared_written = 0, global_read = 0, global_written = 0;  // bytes
   int64_t sectors_read = 0, sectors_written = 0;                                     // of 32 bytes, by warp instruction
@@ -111,6 +116,7 @@ struct Record {  // all of it behind `lock` except the atomic increments in Buff
   std::map<std::string, Counters> kernels;
   std::map<std::string, int64_t> errors;  // kind -> count
   std::vector<std::string> messages;      // the first few, in words
+  std::atomic<int> told{0};               // how many those are
 };
 inline Record& record() {
   static Record r;
@@ -120,18 +126,20 @@ inline Record& record() {
 inline void error(const char* kind, const std::string& detail) {
   std::lock_guard<std::mutex> hold(record().lock);
   ++record().errors[kind];
-  if (record().messages.size() < 8) record().messages.push_back(std::string(kind) + ": " + detail);
+  if (record().told < 8) ++record().told, record().messages.push_back(std::string(kind) + ": " + detail);
 }
+inline bool all_told() { return record().told >= 8; }  // errors come by the thousand, and words take time
 
 // ---- a block in flight ---------------------------------------------------------------------------------------------
 enum class Op {
   mma, ldmatrix, ldmatrix_trans, cp_async, store_shared, load_shared, shuffle, vote, arrive, wait, load, store, warp_sync,
-  block_sync
+  block_sync, wgmma, wgmma_fence, wgmma_commit, wgmma_wait, barrier_sync, stmatrix
 };
 inline const char* name(Op op) {
   static const char* names[] = {"mma",     "ldmatrix", "ldmatrix.trans",  "cp.async",      "store_shared", "load_shared",
                                 "shuffle", "vote",     "mbarrier_arrive", "mbarrier_wait", "load_global",  "store_global",
-                                "warp_sync", "block_sync"};
+                                "warp_sync", "block_sync", "wgmma", "wgmma_fence", "wgmma_commit", "wgmma_wait",
+                                "barrier_sync", "stmatrix"};
   return names[int(op)];
 }
 
@@ -143,6 +151,26 @@ struct Async {
   int64_t serial;  // of the copy
 };
 
+struct Fence {  // a fence_async: orders what was written at an earlier time
+  uint32_t time, epoch, syncs;
+};
+
+// One of a warp: its 16 of the 64 rows.
+struct Wgmma {
+  int n, group;
+  bool a_shared, a_mn, b_mn, accumulate;
+  uint64_t a, b;
+  float* c[32];
+  uint32_t rows[32][4];         // a in registers, as it was,
+  const uint32_t* rows_at[32];  // and where
+  float (*widen)(uint16_t);
+};
+struct Accumulator {  // under way, by the address of lane 0's
+  int n, pending;
+  float* c[32];
+  std::vector<float> values;  // 16 rows of n
+};
+
 struct Warp;
 struct Lane {
   jmp_buf where;
@@ -152,6 +180,10 @@ struct Lane {
   Warp* warp = nullptr;
   std::vector<Async> in_flight;
   int groups = 0;
+  std::vector<Fence> fences;
+  bool packed = false;  // since the last wgmma_fence
+  float* c_at;
+  const uint32_t* a_at;
   // arguments and results of the primitive at hand
   uint32_t a[4], b[2], address;
   float c[4];
@@ -171,13 +203,19 @@ struct Warp {
   int index = 0, arrived = 0, finished = 0, resume = 0;
   Op op = Op::mma;
   bool at_barrier = false;
+  int barrier = 0;  // the named one it is at; 0: block_sync
   uint32_t syncs = 0;
+  std::vector<Wgmma> wgmmas;  // under way, oldest first
+  std::map<float*, Accumulator> accumulators;
+  int wgmma_groups = 0;
+  size_t wgmmas_issued = 0;
+  bool wgmma_fenced = false;
 };
 
 struct Word {  // shadow of 4 bytes of shared memory
   static constexpr uint16_t nobody = 0xffff, several = 0xfffe;
-  uint32_t write_epoch, write_syncs, read_epoch, read_syncs;
-  uint16_t writer, reader, read_warp;
+  uint32_t write_epoch, write_syncs, read_epoch, read_syncs, write_time;
+  uint16_t writer, reader, read_warp, wgmmas;  // wgmmas: under way that read it
   bool in_flight;
 };
 
@@ -193,7 +231,9 @@ struct Worker {
   jmp_buf home;
   Lane* lane = nullptr;
   int threads = 0, block = 0, warps_waiting = 0;
-  uint32_t epoch = 0;
+  uint32_t epoch = 0, time = 0;
+  std::map<int, int> named;  // barrier -> warps that wait at it
+  std::map<int, std::vector<std::array<uint64_t, 3>>> products;  // what each warpgroup does, in order: a, b, shape; or a wait
   int64_t copies = 0;
   Counters count;
 };
@@ -251,13 +291,14 @@ inline void lane_main() {
     me.finished = true;
     if (!me.in_flight.empty()) error("cp.async never waited for", place(me));
     Warp& w = *me.warp;
+    if (!w.wgmmas.empty()) error("wgmma never waited for", place(me)), w.wgmmas.clear();
     if (w.arrived) abandon_block("divergence", place(me) + " has ended while its warp meets at " + name(w.op));
     if (++w.finished < 32) {
       switch_to(w.lanes[(me.thread + 1) % 32]);
     } else if (Warp* next = runnable_warp()) {
       switch_to(next->lanes[next->resume]);
-    } else if (worker->warps_waiting) {
-      abandon_block("barrier", place(me) + " has ended while other warps wait at a block_sync");
+    } else if (worker->warps_waiting || !worker->named.empty()) {
+      abandon_block("barrier", place(me) + " has ended while other warps wait at a barrier");
     } else if (!_setjmp(me.where)) {
       _longjmp(worker->home, 1);
     }
@@ -294,6 +335,7 @@ inline void note_read(const Warp& w, uint16_t reader, uint32_t at, int bytes, co
   for (uint32_t i = at / 4; i < (at + bytes) / 4; ++i) {
     Word& s = worker->shadow[i];
     auto tell = [&](const char* kind) {
+      if (all_told()) return error(kind, "");
       error(kind, std::string(what) + " of byte " + std::to_string(4 * i) + " by warp " + std::to_string(w.index) +
                       ", written by thread " + std::to_string(s.writer) + ", block " + std::to_string(worker->block));
     };
@@ -313,9 +355,10 @@ inline void note_write(const Lane& me, uint32_t at, int bytes, bool in_flight, c
   for (uint32_t i = at / 4; i < (at + bytes) / 4; ++i) {
     Word& s = worker->shadow[i];
     auto tell = [&](const char* kind) {
-      error(kind, std::string(what) + " of byte " + std::to_string(4 * i) + " by " + place(me));
+      error(kind, all_told() ? "" : std::string(what) + " of byte " + std::to_string(4 * i) + " by " + place(me));
     };
     if (s.in_flight) tell("write over bytes in flight");
+    if (s.wgmmas) tell("write over the operand of a wgmma under way");
     if (s.writer != Word::nobody &&
         !ordered(s.write_epoch, s.write_syncs, s.writer == me.thread, s.writer / 32 == w.index, w))
       tell("race: write after write");
@@ -325,6 +368,7 @@ inline void note_write(const Lane& me, uint32_t at, int bytes, bool in_flight, c
     s.writer = uint16_t(me.thread);
     s.write_epoch = worker->epoch;
     s.write_syncs = w.syncs;
+    s.write_time = worker->time;
     s.in_flight = in_flight;
   }
 }
@@ -426,19 +470,27 @@ inline void run_block(Worker& k, int block, int shared) {
   k.warps_waiting = 0;
   k.epoch = 1;
   k.mbarriers.clear();
+  k.named.clear();
+  k.products.clear();
   k.shared.assign(shared, 0xff);
-  k.shadow.assign(shared / 4, Word{0, 0, 0, 0, Word::nobody, Word::nobody, Word::nobody, false});
+  k.shadow.assign(shared / 4, Word{0, 0, 0, 0, 0, Word::nobody, Word::nobody, Word::nobody, 0, false});
   for (auto& w : k.warps) {
     w->arrived = w->finished = w->resume = 0;
     w->at_barrier = false;
     w->waits_for = nullptr;
     w->syncs = 1;
-    for (Lane& l : w->lanes) l.finished = false, l.groups = 0, l.in_flight.clear();
+    w->wgmmas.clear(), w->accumulators.clear();
+    w->wgmma_groups = 0, w->wgmmas_issued = 0, w->wgmma_fenced = false;
+    for (Lane& l : w->lanes) l.finished = l.packed = false, l.groups = 0, l.in_flight.clear(), l.fences.clear();
   }
   std::mt19937 random(environment("VIDLA_EMULATE_SEED", 0) + block);
   std::shuffle(k.order.begin(), k.order.end(), random);
   ++k.count.blocks;
-  if (!_setjmp(k.home)) resume(k.warps[k.order[0]]->lanes[0]);
+  const int way = _setjmp(k.home);
+  if (!way) resume(k.warps[k.order[0]]->lanes[0]);
+  for (const auto& w : k.warps)
+    if (way == 1 && w->wgmmas_issued != k.warps[w->index / 4 * 4]->wgmmas_issued)
+      error("wgmma", "warps of a warpgroup end after different numbers of products and waits, block " + std::to_string(block));
 }
 
 inline void run(const char* kernel_name, int blocks, int threads, int shared, const std::function<void()>& kernel) {
@@ -477,7 +529,7 @@ VIDLA_DEVICE int thread_index() { return emulate::worker->lane->thread; }
 VIDLA_DEVICE int block_index() { return emulate::worker->block; }
 VIDLA_DEVICE int warp_index() { return thread_index() / 32; }
 VIDLA_DEVICE uint32_t shared_base() { return 0; }
-VIDLA_DEVICE int not_ahead(int x) { return x; }
+template <class T> VIDLA_DEVICE T not_ahead(T x) { return x; }
 
 inline void warp_sync() {
   emulate::rendezvous(emulate::Op::warp_sync, [](emulate::Warp& w) { ++w.syncs, ++emulate::worker->count.warp_syncs; });
@@ -490,6 +542,7 @@ inline void block_sync() {
     ++w.syncs;
     w.resume = k.lane->thread % 32;
     w.at_barrier = true;
+    w.barrier = 0;
     if (++k.warps_waiting == int(k.warps.size())) {
       ++k.epoch;
       ++k.count.barriers;
@@ -534,7 +587,7 @@ inline void land(const Async& a, const Warp& w) {
   else memset(&worker->shared[a.to], 0, 16);
   for (uint32_t i = a.to / 4; i < a.to / 4 + 4; ++i) {
     Word& s = worker->shadow[i];
-    s.in_flight = false, s.write_epoch = worker->epoch, s.write_syncs = w.syncs;
+    s.in_flight = false, s.write_epoch = worker->epoch, s.write_syncs = w.syncs, s.write_time = worker->time;
   }
 }
 }  // namespace emulate
@@ -769,9 +822,11 @@ inline float reciprocal(float x) { return 1 / x; }
 inline float exp2_fast(float x) { return ++emulate::worker->count.exp2, std::exp2(x); }
 template <class T> uint32_t pack(float low, float high);
 template <> inline uint32_t pack<bf16>(float low, float high) {
+  emulate::worker->lane->packed = true;
   return emulate::float_to_bf16(low) | uint32_t(emulate::float_to_bf16(high)) << 16;
 }
 template <> inline uint32_t pack<fp16>(float low, float high) {
+  emulate::worker->lane->packed = true;
   return emulate::float_to_half(low) | uint32_t(emulate::float_to_half(high)) << 16;
 }
 template <class T> inline float unpack(uint32_t pair, int which) {
@@ -806,9 +861,72 @@ template <class W> inline void store_global(void* to, W w, bool active) {
 
 inline int load_constant(const int* from) { return *from; }
 
+// ---- Hopper --------------------------------------------------------------------------------------------------------
+constexpr bool has_wgmma = true;
+inline bool wgmma_runs();
+template <int count> inline void registers_give() {}
+template <int count> inline void registers_take() {}
+
+inline void barrier_sync(int id, int threads) {
+  using namespace emulate;
+  rendezvous(Op::barrier_sync, [id, threads](Warp& w) {
+    Worker& k = *worker;
+    if (id < 1 || id > 15 || threads % 32) abandon_block("barrier", place(*k.lane) + ": no such barrier_sync");
+    ++w.syncs;
+    w.resume = k.lane->thread % 32;
+    w.at_barrier = true;
+    w.barrier = id;
+    if (++k.named[id] == threads / 32) {
+      ++k.epoch;  // as of an mbarrier: more than the GPU promises those that are not part of it
+      ++k.count.barriers;
+      k.named.erase(id);
+      for (auto& other : k.warps)
+        if (other->at_barrier && other->barrier == id) other->at_barrier = false;
+    } else if (Warp* other = runnable_warp()) {
+      switch_to(other->lanes[other->resume]);
+    } else {
+      abandon_block("barrier", place(*k.lane) + " waits at a barrier_sync that others do not reach");
+    }
+  });
+}
+
+namespace emulate {
+inline void stmatrix(uint32_t row, const uint32_t (&r)[4], bool trans) {
+  Lane& me = *worker->lane;
+  me.address = row;
+  memcpy(me.a, r, sizeof r);
+  rendezvous(Op::stmatrix, [trans](Warp& w) {
+    Counters& n = worker->count;
+    ++n.store_shared;
+    n.shared_written += 512;
+    for (int m = 0; m < 4; ++m) {
+      uint32_t rows[8];
+      for (int i = 0; i < 8; ++i) {
+        Lane& owner = w.lanes[8 * m + i];
+        rows[i] = owner.address;
+        if (!shared_in_range(rows[i], 16, "stmatrix")) continue;
+        note_write(owner, rows[i], 16, false, "stmatrix");
+        for (int j = 0; j < 8; ++j) {
+          const uint32_t pair = trans ? w.lanes[4 * j + i / 2].a[m] : w.lanes[4 * i + j / 2].a[m];
+          const uint16_t bits = uint16_t(pair >> (trans ? i : j) % 2 * 16);
+          memcpy(&worker->shared[rows[i] + 2 * j], &bits, 2);
+        }
+      }
+      n.store_conflicts += conflicts(rows, 8);
+    }
+  });
+}
+}  // namespace emulate
+inline void stmatrix_x4(uint32_t row, const uint32_t (&r)[4]) { emulate::stmatrix(row, r, false); }
+inline void stmatrix_x4_trans(uint32_t row, const uint32_t (&r)[4]) { emulate::stmatrix(row, r, true); }
+}  // namespace vidla
+#include "emulate_wgmma.h"
+namespace vidla {
+
 // The GPU that is played: VIDLA_EMULATE_ARCH 80 or 90, with VIDLA_EMULATE_SMS multiprocessors.
 inline int multiprocessors() { return emulate::environment("VIDLA_EMULATE_SMS", 2); }
 inline int architecture() { return emulate::environment("VIDLA_EMULATE_ARCH", 80); }
+inline bool wgmma_runs() { return architecture() / 10 == 9; }
 inline int shared_memory_limit() { return (architecture() == 80 ? 163 : architecture() / 10 == 9 ? 227 : 99) * 1024; }
 template <auto kernel, class P> int launch(const char* name, int blocks, int threads, int shared, void*, P p) {
   if (shared > shared_memory_limit()) return 1;  // cudaErrorInvalidValue
@@ -845,7 +963,7 @@ extern "C" __attribute__((used, visibility("default"))) inline const char* vidla
               field("barriers", c.barriers), field("warp_syncs", c.warp_syncs), field("ldmatrix", c.ldmatrix),
               field("ldmatrix_conflicts", c.ldmatrix_conflicts), field("cp_async", c.cp_async),
               field("cp_async_conflicts", c.cp_async_conflicts), field("store_shared", c.store_shared),
-              field("store_conflicts", c.store_conflicts), field("shared_read", c.shared_read),
+              field("store_conflicts", c.store_conflicts), field("wgmma", c.wgmma), field("shared_read", c.shared_read),
               field("shared_written", c.shared_written), field("global_read", c.global_read),
               field("global_written", c.global_written), field("sectors_read", c.sectors_read),
               field("sectors_written", c.sectors_written)}) +
@@ -865,6 +983,6 @@ extern "C" __attribute__((used, visibility("default"))) inline const char* vidla
   for (auto& m : r.messages) messages.push_back("\"" + m + "\"");
   text = "{\"kernels\": {" + list(kernels) + "}, \"buffers\": {" + list(buffers) + "}, \"errors\": {" + list(errors) +
          "}, \"messages\": [" + list(messages) + "]}";
-  r.kernels.clear(), r.buffers.clear(), r.errors.clear(), r.messages.clear();
+  r.kernels.clear(), r.buffers.clear(), r.errors.clear(), r.messages.clear(), r.told = 0;
   return text.c_str();
 }
