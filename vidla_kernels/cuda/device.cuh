@@ -106,6 +106,9 @@ VIDLA_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t row) {
 VIDLA_DEVICE void store_shared(uint32_t shared, uint32_t word) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared), "r"(word) : "memory");
 }
+VIDLA_DEVICE void store_shared(uint32_t shared, uint32_t word, bool active) {
+  if (active) asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared), "r"(word) : "memory");
+}
 // warp: 8 bytes for each active lane, aligned to 8.
 VIDLA_DEVICE void store_shared(uint32_t shared, Word2 w, bool active) {
   if (active) asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(shared), "r"(w.x[0]), "r"(w.x[1]) : "memory");

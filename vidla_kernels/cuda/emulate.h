@@ -389,19 +389,22 @@ inline int word_conflicts(const Warp& w) {
   int passes[32] = {};
   for (int l = 0; l < 32; ++l) {
     const uint32_t a = w.lanes[l].address;
-    bool repeated = false;
+    bool repeated = a == none;
     for (int i = 0; i < l; ++i) repeated |= w.lanes[i].address == a;
     passes[a / 4 % 32] += !repeated;
   }
-  return *std::max_element(passes, passes + 32) - 1;
+  return std::max(1, *std::max_element(passes, passes + 32)) - 1;
 }
-// And for 8 bytes of each active lane, which go 16 lanes at a time; the lanes' addresses differ.
+// And for 8 bytes of each active lane, which go 16 lanes at a time.
 inline int pair_conflicts(const Warp& w) {
   int worst[2] = {1, 1};
   for (int half = 0; half < 2; ++half) {
     int passes[16] = {};
-    for (int l = 16 * half; l < 16 * half + 16; ++l)
-      if (w.lanes[l].active) worst[half] = std::max(worst[half], ++passes[w.lanes[l].address / 8 % 16]);
+    for (int l = 16 * half; l < 16 * half + 16; ++l) {
+      bool repeated = !w.lanes[l].active;
+      for (int i = 16 * half; i < l; ++i) repeated |= w.lanes[i].active && w.lanes[i].address == w.lanes[l].address;
+      if (!repeated) worst[half] = std::max(worst[half], ++passes[w.lanes[l].address / 8 % 16]);
+    }
   }
   return worst[0] + worst[1] - 2;
 }
@@ -687,21 +690,22 @@ inline void ldmatrix(uint32_t (&r)[4], uint32_t row, bool trans) {
 inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t row) { emulate::ldmatrix(r, row, false); }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t row) { emulate::ldmatrix(r, row, true); }
 
-inline void store_shared(uint32_t shared, uint32_t word) {
+inline void store_shared(uint32_t shared, uint32_t word, bool active) {
   using namespace emulate;
   Lane& me = *worker->lane;
-  me.address = shared;
-  if (shared_in_range(shared, 4, "store_shared")) {
+  me.address = active ? shared : none;
+  if (active && shared_in_range(shared, 4, "store_shared")) {
     note_write(me, shared, 4, false, "store_shared");
     memcpy(&worker->shared[shared], &word, 4);
   }
   rendezvous(Op::store_shared, [](Warp& w) {
     Counters& n = worker->count;
     ++n.store_shared;
-    n.shared_written += 128;
     n.store_conflicts += word_conflicts(w);
+    for (const Lane& l : w.lanes) n.shared_written += l.address == none ? 0 : 4;
   });
 }
+inline void store_shared(uint32_t shared, uint32_t word) { store_shared(shared, word, true); }
 inline void store_shared(uint32_t shared, Word2 word, bool active) {
   using namespace emulate;
   Lane& me = *worker->lane;

@@ -1,0 +1,392 @@
+// Hierarchical attention, backward, on Hopper (sm_90a), with wgmma: what hierarchical_bwd.cu launches there where a frame's
+// keys fit. Same arguments, same results, same partial sums for the same combine kernel.
+//
+// Tiling. A block stays and takes frame after frame, as there. All K and V of a frame are in shared memory, and so are, in
+// parts that arrive while this frame is worked on, those of the next. Four warpgroups own 64 keys each (the last one those at
+// the end of the table, which may be its neighbour's as well; what both compute only the neighbour stores). Q and dO pass by in
+// tiles of 32 queries, a ring that knows no frames. For each tile a warpgroup computes, keys by queries,
+//     S' = K Q' and dP' = V dO'          from shared memory
+//     P' = exp2(scale_log2 S' - lse), dS' = P' (dP' - delta)
+//     dV += P' dO, dK += dS' Q           P' and dS' as they lie in registers, packed, are what wgmma takes
+// and dK and dV stay in its registers until the frame ends: they are written once, by nobody else. dS' goes to shared memory
+// too, 64 queries a slot. When all four warpgroups have filled it, one of them, each in its turn, computes those queries' dQ =
+// dS K, 32 numbers a thread, and writes it. Nobody waits for the others but at mbarriers: full and empty for tiles, for slots
+// of dS, for keys.
+// Who fetches: half the threads copy dO, load O into registers and leave delta, the diagonal of dO O', with the tile, when both
+// have come; the others copy Q and the rows' lse. O is read once, dO is read once. A tile is asked for `ahead` tiles before it
+// is needed, and declared to be there one before that.
+//
+// Rows that see nothing here have lse = +inf, as in hierarchical_bwd.cu. dS of keys past the last is never written, and zero.
+#pragma once
+#include "hierarchical_bwd.cuh"
+
+namespace vidla {
+
+// keys: rows of the tables, a multiple of 16; ring: tiles of Q and dO.
+template <int keys_, int ring_, int ahead_> struct Warpgroups {
+  static constexpr int D = 64, keys = keys_, ring = ring_, ahead = ahead_;
+  static constexpr int groups = 4, warps = 4 * groups, threads = 32 * warps, blocks = 1;
+  static constexpr int tile = 32, slots = 2;
+  static constexpr int capacity = 256;  // query rows
+  static_assert(keys % 16 == 0 && keys <= 64 * groups && ahead >= 2 && ring > ahead);
+
+  using Row = Rows<D>;
+  static constexpr int table = keys * Row::bytes;  // of K or V
+  static constexpr int key_steps = (keys + 63) / 64;  // in which they are fetched
+  static constexpr int d_out_after_q = tile * Row::bytes;
+  static constexpr int ring_at = 4 * table, tile_bytes = 2 * d_out_after_q;
+  static constexpr int ds_at = ring_at + ring * tile_bytes;
+  static constexpr int out_at = ds_at + slots * table;  // O of the tile on its way
+  static constexpr int stats_at = out_at + d_out_after_q, stats = 8 * tile;  // of two rows: lse, lse, delta, delta
+  static constexpr int limits_at = stats_at + ring * stats;             // keys that a row sees
+  static constexpr int items_at = limits_at + ring * 4 * tile, item = 32;  // two for each warp
+  static constexpr int barriers_at = items_at + warps * 2 * item;
+  static constexpr int full = barriers_at, empty = full + 8 * ring;          // tiles
+  static constexpr int keys_full = empty + 8 * ring, keys_empty = keys_full + 16;
+  static constexpr int most_pairs = capacity / 64, ds_full = keys_empty + 16, ds_empty = ds_full + 8 * most_pairs;  // by pair of tiles
+  static constexpr int sums_at = ds_empty + 8 * most_pairs;
+  static_assert(sums_at % 8 == 0);
+
+  VIDLA_HOST_DEVICE static uint32_t in_sums(unsigned row, unsigned token, unsigned column) {
+    return sums_at + 4 * (row * D + (column + 8 * token) % D);
+  }
+  // Whether it can take such frames, here: tiles are fetched no further ahead than the next frame.
+  static bool serves(const Layout& p) {
+    const bool sizes = p.keys() <= keys && p.queries() > (ahead - 1) * tile && p.queries() <= capacity;
+    return sizes && sums_at + 12 * D * p.summary() <= shared_memory_limit() && architecture() / 10 == 9;
+  }
+};
+
+struct Tiles : Gradient {
+  int query_rows, key_rows, tiles, pairs, steps_a_tile;  // of the next frame's keys
+
+  template <class C> static Tiles of(const Gradient& p, C) {
+    const int tiles = (p.queries() + C::tile - 1) / C::tile;
+    return {p, p.queries(), p.keys(), tiles, (tiles + 1) / 2, (C::key_steps + tiles - 3) / (tiles - 2)};
+  }
+};
+
+template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_wgmma(Tiles p) {
+  if constexpr (!has_wgmma) return;
+  constexpr int D = C::D, ring = C::ring, ahead = C::ahead, row_bytes = C::Row::bytes;
+  const int thread = thread_index(), warp = warp_index(), group = warp / 4;
+  const uint32_t base = shared_base();
+
+  auto in_qkv = [&](const Item& o) { return o.batch * p.qkv_batch + o.head * p.qkv_head; };
+  auto in_d_qkv = [&](const Item& o) { return (int64_t(o.batch) * p.sequence() * 3 * p.heads + o.head) * D; };
+  auto in_out = [&](const Item& o) { return (int64_t(o.batch) * p.sequence() * p.heads + o.head) * D; };
+  auto of_head = [&](const Item& o) { return int64_t(o.batch) * p.heads + o.head; };
+
+  if (thread == 0) {
+    for (int i = 0; i < ring; ++i) {
+      mbarrier_init(base + C::full + 8 * i, C::warps);
+      mbarrier_init(base + C::empty + 8 * i, C::warps);
+    }
+    for (int i = 0; i < 2; ++i) {
+      mbarrier_init(base + C::keys_full + 8 * i, C::warps);
+      mbarrier_init(base + C::keys_empty + 8 * i, C::warps);
+    }
+    for (int i = 0; i < C::most_pairs; ++i) {
+      mbarrier_init(base + C::ds_full + 8 * i, C::warps);
+      mbarrier_init(base + C::ds_empty + 8 * i, 4);
+    }
+  }
+  // What is never fetched or written: keys past the last, and their dS.
+#pragma unroll 1
+  for (int i = thread; i < 4 * C::table / 8; i += C::threads)
+    store_shared(base + 8 * i, Word2{}, i / (row_bytes / 8) % C::keys >= p.key_rows);
+#pragma unroll 1
+  for (int i = thread; i < C::slots * C::table / 8; i += C::threads) store_shared(base + C::ds_at + 8 * i, Word2{}, true);
+  fence_async();
+  block_sync();
+
+  // The frames at hand and to come, which would take too many registers: each warp keeps its own in shared memory.
+  const uint32_t items_at = base + C::items_at + warp * 2 * C::item;
+  auto item_at = [&](int which) {
+    const uint32_t at = items_at + which * C::item;
+    return Item{int(load_shared(at)), int(load_shared(at + 4)), int(load_shared(at + 8)), int(load_shared(at + 12)),
+                int(load_shared(at + 16))};
+  };
+  auto keep = [&](int which, const Item& o) {
+    const uint32_t at = items_at + which * C::item;
+    const bool one = thread % 32 == 0;
+    warp_sync();
+    store_shared(at, uint32_t(o.unit), one), store_shared(at + 4, uint32_t(o.batch), one);
+    store_shared(at + 8, uint32_t(o.head), one), store_shared(at + 12, uint32_t(o.frame), one);
+    store_shared(at + 16, uint32_t(o.end), one);
+    warp_sync();
+  };
+
+  // Rows of K and V: 64 a step, 16 bytes of each a thread.
+  auto fetch_keys = [&](int which, int step) {
+    const Item item = item_at(which);
+    const int index = not_ahead(thread), key = 64 * step + index / 8, unit = index % 8;
+    const bool active = key < p.key_rows;
+    const T* from = static_cast<const T*>(p.qkv) + in_qkv(item) + p.qkv_third;
+    from += p.key_token(item.frame, active ? key : 0) * p.qkv_token + 8 * unit;
+    const uint32_t to = base + 2 * which * C::table + C::Row::at(key, unit);
+    cp_async_16(to, from, true, active);
+    cp_async_16(to + C::table, from + p.qkv_third, true, active);
+  };
+
+  // Tiles: 16 bytes of dO and O a thread, or of Q. lse of a row stays with its lane until the tile is finished.
+  float lse = 0;
+  auto fetch_tile = [&](int which, int number, int slot) {
+    const bool with_out = group < 2, with_lse = warp == 8;
+    const Item item = item_at(which);
+    const int index = not_ahead(thread) & 255, row = index / 8, unit = index % 8, query = number * C::tile + row;
+    const bool valid = query < p.query_rows;
+    const int token = valid ? p.query_token(item.frame, query) : 0;
+    const int64_t at = in_out(item) + int64_t(token) * p.heads * D + 8 * unit;
+    const T* from = with_out ? static_cast<const T*>(p.d_out) + at
+                             : static_cast<const T*>(p.qkv) + in_qkv(item) + token * p.qkv_token + 8 * unit;
+    const uint32_t to = base + C::ring_at + slot * C::tile_bytes + (with_out ? C::d_out_after_q : 0);
+    cp_async_16(to + C::Row::at(row, unit), from, valid);
+    if (with_out) cp_async_16(base + C::out_at + 16 * index, static_cast<const T*>(p.out) + at, valid);
+    if (with_lse) {
+      const int mine = number * C::tile + (index & 31);
+      const int its = mine < p.query_rows ? p.query_token(item.frame, mine) : -1;
+      lse = as_float(load_global<uint32_t>(p.lse + of_head(item) * p.sequence() + its, its >= 0));
+      if (its < 0 || (its < p.summary() && !p.frame_visible(item.frame, its))) lse = -minus_infinity;
+      store_shared(base + C::limits_at + slot * 4 * C::tile + 4 * (index & 31), uint32_t(p.limit(item.frame, mine)));
+    }
+  };
+  auto finish_tile = [&](int slot) {
+    const bool with_out = group < 2, with_lse = warp == 8;
+    const int index = not_ahead(thread) & 255;
+    auto stats_of = [&](int row) { return base + C::stats_at + slot * C::stats + row / 2 * 16 + row % 2 * 4; };
+    if (with_out) {
+      const uint32_t at = base + C::ring_at + slot * C::tile_bytes + C::d_out_after_q + C::Row::at(index / 8, index % 8);
+      float delta = 0;
+#pragma unroll
+      for (int e = 0; e < 8; e += 4) {
+        const Word2 x = load_shared(at + 2 * e, true), y = load_shared(base + C::out_at + 16 * index + 2 * e, true);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) delta += unpack<T>(x.x[i / 2], i % 2) * unpack<T>(y.x[i / 2], i % 2);
+      }
+#pragma unroll
+      for (int mask = 1; mask < 8; mask *= 2) delta += shuffle_xor(delta, mask);
+      store_shared(stats_of(index / 8) + 8, as_word(delta), index % 8 == 0);
+    }
+    if (with_lse) store_shared(stats_of(index & 31), as_word(lse));
+    fence_async();
+    mbarrier_arrive(base + C::full + 8 * slot);
+  };
+
+  {
+    const Item item = Item::first(p, block_index());
+    if (item.unit >= p.units()) return;
+    keep(0, item);
+  }
+#pragma unroll 1
+  for (int step = 0; step < C::key_steps; ++step) fetch_keys(0, step);
+#pragma unroll 1
+  for (int i = 0; i < ahead; ++i) {
+    if (i) {
+      cp_async_commit();
+      cp_async_wait<0>();
+      finish_tile(i - 1);
+    }
+    if (i == 1) mbarrier_arrive(base + C::keys_full);
+    fetch_tile(0, i, i);
+  }
+  cp_async_commit();
+
+  const int first_key = group < C::groups - 1 ? 64 * group : C::keys - 64;  // of the warpgroup's 64
+  const int mine = first_key + warp % 4 * 16;                               // the warp's first
+  float d_k[D / 2], d_v[D / 2];
+  int slot = 0, phase = 0;  // of the ring
+  bool more = true;         // frames to come
+#pragma unroll 1
+  for (int n = 0; more; ++n) {  // frames
+    const int buffer = n & 1;
+    {
+      const Item next = item_at(buffer).next(p);
+      more = next.unit < p.units();
+      keep(1 - buffer, next);
+    }
+    const uint32_t keys_at = base + 2 * buffer * C::table;
+
+    // 16 rows by 64 columns that a warp has of dQ, dK or dV: rows of d_qkv, or of summary tokens' sums, which are each the
+    // same thread's in all frames.
+    auto leave = [&](float(&acc)[D / 2], int part, int row0, int begin, int end, float factor) {
+      const Item item = item_at(buffer);
+      const int lane = not_ahead(thread) & 31, g = lane / 4, j = lane % 4;
+      T* to = static_cast<T*>(p.d_qkv) + in_d_qkv(item) + part * p.heads * D;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = row0 + 8 * h + not_ahead(g);
+        const int token = part ? p.key_token(item.frame, row) : p.query_token(item.frame, row);
+        T* at = to + int64_t(token) * 3 * p.heads * D;
+#pragma unroll
+        for (int c = 0; c < D / 16; ++c)
+          store_16_columns(at + 16 * c, acc + 8 * c + 2 * h, acc + 8 * c + 4 + 2 * h, factor, row >= begin && row < p.patches);
+      }
+      if (row0 + 16 <= p.patches || row0 < begin || row0 >= end) return;
+      const bool opens = item.frame % p.segment_frames == 0;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const unsigned token = row0 + 8 * h + not_ahead(g) - p.patches;  // as a negative number, not one of them
+        const bool summary = token < unsigned(end - p.patches);
+#pragma unroll
+        for (int c = 0; c < D / 8; ++c) {
+          const uint32_t at = base + C::in_sums(part * p.summary() + token, token, 8 * c + 2 * j);
+          const Word2 before = load_shared(at, summary && !opens);
+          const Word2 sum{{as_word(acc[4 * c + 2 * h] * factor + as_float(before.x[0])),
+                           as_word(acc[4 * c + 2 * h + 1] * factor + as_float(before.x[1]))}};
+          store_shared(at, sum, summary);
+        }
+      }
+      if (item.frame + 1 < item.end) return;
+      const int64_t segment = of_head(item) * p.segments + item.frame / p.segment_frames;
+#pragma unroll 1
+      for (int i = 0; i < D / 4; ++i) {  // the segment's sums go out
+        const unsigned token = row0 + i % 2 * 8 + g - p.patches, row = part * p.summary() + token, column = i / 2 * 8 + 2 * j;
+        const bool summary = token < unsigned(end - p.patches);
+        const Word2 sum = load_shared(base + C::in_sums(row, token, column), summary);
+        store_global(p.partials + (segment * 3 * p.summary() + row) * D + column, sum, summary);
+      }
+    };
+
+    mbarrier_wait(base + C::keys_full + 8 * buffer, n >> 1);
+#pragma unroll 1
+    for (int t = 0; t < p.tiles; ++t) {
+      const uint32_t tile_at = base + C::ring_at + slot * C::tile_bytes;
+      const uint64_t k = matrix_descriptor(keys_at + first_key * row_bytes, Swizzle::b128, 16, 8 * row_bytes);
+      const uint64_t q = matrix_descriptor(tile_at, Swizzle::b128, 16, 8 * row_bytes);
+      const uint64_t v = advance(k, C::table), d_out = advance(q, C::d_out_after_q);
+      float s[C::tile / 2], ds[C::tile / 2];
+      mbarrier_wait(base + C::full + 8 * slot, phase);
+      wgmma_fence();
+#pragma unroll
+      for (int d = 0; d < D / 16; ++d) wgmma<T, C::tile, false, false>(s, advance(k, 32 * d), advance(q, 32 * d), d > 0);
+      wgmma_commit();
+#pragma unroll
+      for (int d = 0; d < D / 16; ++d) wgmma<T, C::tile, false, false>(ds, advance(v, 32 * d), advance(d_out, 32 * d), d > 0);
+      wgmma_commit();
+
+      const int lane = not_ahead(thread) & 31, g = lane / 4, j = lane % 4;
+      const uint32_t stats_at = base + C::stats_at + slot * C::stats + 16 * j;
+      wgmma_wait<1>();
+      registers_fence(s);
+#pragma unroll
+      for (int i = 0; i < C::tile / 8; ++i) {
+        const Word2 lse = load_shared(stats_at + 64 * i, true);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[4 * i + e] = exp2_fast(s[4 * i + e] * p.scale_log2 - as_float(lse.x[e % 2]));
+      }
+      if ((t + 1) * C::tile > p.patches && mine + 16 > p.patches) {  // summary rows, summary keys
+        const uint32_t limits_at = base + C::limits_at + slot * 4 * C::tile + 8 * j;
+#pragma unroll
+        for (int i = 0; i < C::tile / 8; ++i) {
+          const Word2 limits = load_shared(limits_at + 32 * i, true);
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            if (mine + g + e / 2 * 8 >= int(limits.x[e % 2])) s[4 * i + e] = 0;
+        }
+      }
+      wgmma_wait<0>();
+      registers_fence(ds);
+      uint32_t a_p[C::tile / 16][4], a_ds[C::tile / 16][4];
+#pragma unroll
+      for (int i = 0; i < C::tile / 8; ++i) {
+        const Word2 delta = load_shared(stats_at + 64 * i + 8, true);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          float *x = s + 4 * i + 2 * h, *y = ds + 4 * i + 2 * h;
+#pragma unroll
+          for (int e = 0; e < 2; ++e) y[e] = x[e] * (y[e] - as_float(delta.x[e]));
+          a_p[i / 2][i % 2 * 2 + h] = pack<T>(x[0], x[1]);
+          a_ds[i / 2][i % 2 * 2 + h] = pack<T>(y[0], y[1]);
+        }
+      }
+      wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < C::tile / 16; ++i)
+        wgmma<T, D, true>(d_v, a_p[i], advance(d_out, 16 * row_bytes * i), t > 0 || i > 0);
+#pragma unroll
+      for (int i = 0; i < C::tile / 16; ++i)
+        wgmma<T, D, true>(d_k, a_ds[i], advance(q, 16 * row_bytes * i), t > 0 || i > 0);
+      wgmma_commit();
+
+      if (t % 2 == 0) {  // the slot's dQ of two pairs ago is done
+        const bool here = t / 2 >= C::slots;
+        const int before = here ? t / 2 - C::slots : t / 2 - C::slots + p.pairs;
+        mbarrier_wait(base + C::ds_empty + 8 * before, here ? n : n - 1);
+      }
+      if (mine >= 64 * group && mine < p.key_rows) {
+        const uint32_t ds_at = base + C::ds_at + (n * p.pairs + t / 2) % 2 * C::table;
+        if (mine + 16 <= p.key_rows) {
+          // Row of matrix lane / 8: queries 8 * (lane / 8) on, keys of one half.
+          const uint32_t to = ds_at + C::Row::at(mine + lane % 8, t % 2 * 4 + lane / 8);
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const uint32_t words[4] = {a_ds[0][h], a_ds[0][2 + h], a_ds[1][h], a_ds[1][2 + h]};
+            stmatrix_x4(to + 8 * h * row_bytes, words);
+          }
+        } else {
+          const uint32_t to = ds_at + C::Row::at(mine + g, t % 2 * 4) + 4 * j;
+#pragma unroll
+          for (int i = 0; i < C::tile / 4; ++i)
+            store_shared(C::Row::along(to, i / 2) + i % 2 * 8 * row_bytes, a_ds[i / 4][i / 2 % 2 * 2 + i % 2],
+                         mine + g + i % 2 * 8 < p.key_rows);
+        }
+      }
+      const bool last = t + 1 == p.tiles;
+      if (t % 2 || last) {
+        fence_async();
+        mbarrier_arrive(base + C::ds_full + 8 * (t / 2));
+      }
+
+      // While they multiply: the tile that was asked for last is there, another one is asked for, and keys of the next frame.
+      cp_async_wait<0>();
+      if (more || t + ahead - 1 < p.tiles) finish_tile(slot + ahead - 1 < ring ? slot + ahead - 1 : slot + ahead - 1 - ring);
+      if (more && last) mbarrier_arrive(base + C::keys_full + 8 * (1 - buffer));
+      if (more || t + ahead < p.tiles) {
+        const bool wraps = slot + ahead >= ring, of_next = t + ahead >= p.tiles;
+        const int to = wraps ? slot + ahead - ring : slot + ahead;
+        mbarrier_wait(base + C::empty + 8 * to, phase ^ wraps ^ 1);
+        fetch_tile(of_next ? 1 - buffer : buffer, of_next ? t + ahead - p.tiles : t + ahead, to);
+      }
+      if (more && t && !last) {
+        if (t == 1) mbarrier_wait(base + C::keys_empty + 8 * (1 - buffer), ((n + 1) >> 1) ^ 1);
+#pragma unroll 1
+        for (int step = (t - 1) * p.steps_a_tile; step < least(t * p.steps_a_tile, C::key_steps); ++step) fetch_keys(1 - buffer, step);
+      }
+      cp_async_commit();
+
+      wgmma_wait<0>();
+      registers_fence(d_v);
+      registers_fence(d_k);
+      mbarrier_arrive(base + C::empty + 8 * slot);
+      if (++slot == ring) slot = 0, phase ^= 1;
+
+      if (last) {
+        leave(d_v, 2, mine, 64 * group, p.key_rows, 1);
+        leave(d_k, 1, mine, 64 * group, p.key_rows, p.scale);
+      }
+      // A pair's dQ, a tile after the pair was whole, or at the end of the frame.
+#pragma unroll 1
+      for (int pair = t / 2 - 1 + t % 2; pair < p.pairs && (last || (t % 2 == 0 && 2 * pair + 2 == t)); ++pair) {
+        if (pair < 0 || pair % C::groups != group) continue;
+        mbarrier_wait(base + C::ds_full + 8 * pair, n);
+        const uint32_t ds_at = base + C::ds_at + (n * p.pairs + pair) % 2 * C::table;
+        const uint64_t a = matrix_descriptor(ds_at, Swizzle::b128, 16, 8 * row_bytes);
+        const uint64_t b = matrix_descriptor(keys_at, Swizzle::b128, 16, 8 * row_bytes);
+        float d_q[D / 2];
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < C::keys / 16; ++i)
+          wgmma<T, D, true, true>(d_q, advance(a, 16 * row_bytes * i), advance(b, 16 * row_bytes * i), i > 0);
+        wgmma_commit();
+        wgmma_wait<0>();
+        registers_fence(d_q);
+        mbarrier_arrive(base + C::ds_empty + 8 * pair);
+        leave(d_q, 0, 64 * pair + warp % 4 * 16, 0, p.query_rows, p.scale);
+      }
+    }
+    mbarrier_arrive(base + C::keys_empty + 8 * buffer);
+  }
+}
+
+}  // namespace vidla
