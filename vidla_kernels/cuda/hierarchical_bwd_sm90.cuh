@@ -173,11 +173,9 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
     mbarrier_arrive(base + C::full + 8 * slot);
   };
 
-  {
-    const Item item = Item::first(p, block_index());
-    if (item.unit >= p.units()) return;
-    keep(0, item);
-  }
+  Item item = Item::first(p, block_index());
+  if (item.unit >= p.units()) return;
+  keep(0, item);
 #pragma unroll 1
   for (int step = 0; step < C::key_steps; ++step) fetch_keys(0, step);
 #pragma unroll 1
@@ -196,15 +194,13 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
   const int mine = first_key + warp % 4 * 16;                               // the warp's first
   float d_k[D / 2], d_v[D / 2];
   int slot = 0, phase = 0;  // of the ring
-  bool more = true;         // frames to come
 #pragma unroll 1
-  for (int n = 0; more; ++n) {  // frames
-    const int buffer = n & 1;
-    {
-      const Item next = item_at(buffer).next(p);
-      more = next.unit < p.units();
-      keep(1 - buffer, next);
-    }
+  for (int n = 0; item.unit < p.units(); ++n) {  // frames
+    const int buffer = n & 1, frame = item.frame;
+    const bool opens = frame % p.segment_frames == 0, closes = frame + 1 == item.end;
+    item = item.next(p);
+    keep(1 - buffer, item);
+    const bool more = item.unit < p.units();
     const uint32_t keys_at = base + 2 * buffer * C::table;
 
     // 16 rows by 64 columns that a warp has of dQ, dK or dV: rows of d_qkv, or of summary tokens' sums, which are each the
@@ -223,7 +219,6 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
           store_16_columns(at + 16 * c, acc + 8 * c + 2 * h, acc + 8 * c + 4 + 2 * h, factor, row >= begin && row < p.patches);
       }
       if (row0 + 16 <= p.patches || row0 < begin || row0 >= end) return;
-      const bool opens = item.frame % p.segment_frames == 0;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const unsigned token = row0 + 8 * h + not_ahead(g) - p.patches;  // as a negative number, not one of them
@@ -237,7 +232,7 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
           store_shared(at, sum, summary);
         }
       }
-      if (item.frame + 1 < item.end) return;
+      if (!closes) return;
       const int64_t segment = of_head(item) * p.segments + item.frame / p.segment_frames;
 #pragma unroll 1
       for (int i = 0; i < D / 4; ++i) {  // the segment's sums go out
