@@ -237,6 +237,10 @@ def replay(
             busy /= parts
         free[w.part] = now + 1
         done = now + busy + latency.get(x.kind, 6)
+        if x.kind == "wgmma":  # reads its operands through the port that all quarters share, while it multiplies
+            unit = units(w.part, "shared")
+            unit["shared"] = max(now, unit["shared"]) + x.shared_operands / 32 / parts
+            done = max(done, unit["shared"] + latency["wgmma"])
         if pipe != "none":
             unit = units(w.part, pipe)
             start = max(now, unit[pipe])
@@ -316,6 +320,7 @@ def estimate(
     for x, times in walked.executed.items():
         pipe, cycles = cost(x, gpu, 0)
         busy[pipe] += times * cycles
+        busy["shared"] += times * x.shared_operands / 32
     us = 1 / 4 / gpu.sms / gpu.ghz / 1e3
     bounds = {"DRAM": dram_bytes / dram_rate * 1e6, "L2": moved / l2_rate * 1e6, "issue": walked.instructions * us}
     bounds |= {pipe: busy[pipe] * us for pipe in ("tensor", "mufu", "shared", "alu")}

@@ -82,6 +82,16 @@ class Instruction:
             return m * n * k / 4
         return 16 * 8 * (16 if "16816" in self.op else 8 if "1688" in self.op else 4) if self.kind == "hmma" else 0
 
+    @property
+    def shared_operands(self) -> float:
+        """Bytes of shared memory that one warp's part of a HGMMA reads: B, and A where that is not in registers. The four
+        warps of the product share both reads."""
+        if self.kind != "wgmma":
+            return 0
+        m, n, k = map(int, re.search(r"\.(\d+)x(\d+)x(\d+)", self.op).groups())
+        rows = n + (m if re.match(r"R\d+, gdesc", self.args) else 0)
+        return rows * k * (4 if "TF32" in self.op else 2) / 4
+
 
 @dataclass(frozen=True)
 class Kernel:

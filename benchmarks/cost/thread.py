@@ -250,6 +250,12 @@ def _spill(x: Decoded) -> Effect:
     return run
 
 
+@meaning("USETMAXREG")
+def _registers(x: Decoded) -> Effect:
+    """Asking for registers is repeated until it succeeds, which is at once as far as one warp can know."""
+    return write(x.args[:1], lambda: 1) if x.has("TRY_ALLOC") else lambda t: None
+
+
 @meaning("MOV", "S2R", "S2UR", "R2UR", "I2I", "CS2R")
 def _move(x: Decoded) -> Effect:
     source = reader(x.values()[0])

@@ -48,6 +48,10 @@ VIDLA_DEVICE int not_ahead(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
+template <class T> VIDLA_DEVICE T* not_ahead(T* x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
 
 VIDLA_DEVICE uint32_t shared_base() {
   extern __shared__ __align__(1024) unsigned char shared_memory[];

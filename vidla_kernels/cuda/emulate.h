@@ -529,7 +529,7 @@ VIDLA_DEVICE int thread_index() { return emulate::worker->lane->thread; }
 VIDLA_DEVICE int block_index() { return emulate::worker->block; }
 VIDLA_DEVICE int warp_index() { return thread_index() / 32; }
 VIDLA_DEVICE uint32_t shared_base() { return 0; }
-VIDLA_DEVICE int not_ahead(int x) { return x; }
+template <class T> VIDLA_DEVICE T not_ahead(T x) { return x; }
 
 inline void warp_sync() {
   emulate::rendezvous(emulate::Op::warp_sync, [](emulate::Warp& w) { ++w.syncs, ++emulate::worker->count.warp_syncs; });

@@ -42,7 +42,8 @@ enum Status {  // what a launcher returns beside 0 and a cudaError_t (> 0); word
   small_workspace = -4,
   unknown_variant = -5,
   misaligned = -6,
-  no_room = -7
+  no_room = -7,
+  other_gpu = -8
 };
 
 struct Layout {

@@ -56,6 +56,10 @@ struct Place {
   }
 };
 
+}  // namespace vidla
+#include "hierarchical_fwd_sm90.cuh"
+namespace vidla {
+
 // The softmax of one warp's rows on its way over the keys. [i]: tile, [h]: rows g and g + 8 of it.
 template <class T, int D, int tiles> struct Strip {
   uint32_t q[tiles][D / 16][4];
@@ -414,6 +418,11 @@ inline int64_t forward_workspace(const Call& c) {  // bytes of Problem's sums an
   return int64_t(c.batch) * c.heads * c.frames * c.summary * (c.head_dim + 2) * 4;
 }
 
+template <class T, int D> int combine(const Problem& p, void* stream) {
+  const int summary_rows = p.batch * p.heads * p.summary();
+  return launch<hierarchical_fwd_combine<T, D>>("fwd_combine", (summary_rows + 3) / 4, 128, 0, stream, p);
+}
+
 // With dry: only says whether this configuration can take the call.
 template <class T, int D, int tiles, int chunk, int most_warps, int copiers, int blocks_per_sm>
 int run(Problem p, void* stream, bool dry) {
@@ -445,8 +454,7 @@ int run(Problem p, void* stream, bool dry) {
   const int status = launch<hierarchical_fwd_frames<T, D, tiles, chunk, most_warps, copiers, blocks_per_sm>>(
       "fwd_frames", p.teams * p.heads, 32 * (p.warps + copiers), p.shared, stream, p);
   if (status) return status;
-  const int summary_rows = p.batch * p.heads * p.summary();
-  return launch<hierarchical_fwd_combine<T, D>>("fwd_combine", (summary_rows + 3) / 4, 128, 0, stream, p);
+  return combine<T, D>(p, stream);
 }
 
 // The configurations, in one list: V(variant, D, tiles, chunk, most_warps, copiers, blocks_per_sm). 16 warps leave 128
@@ -461,6 +469,20 @@ int run(Problem p, void* stream, bool dry) {
   V(0, 96, 1, 64, 7, 1, 1)                                                                \
   V(0, 128, 1, 64, 7, 1, 1)
 
+// And those of hierarchical_fwd_sm90.cuh, whose numbers follow: V(D, most keys, warpgroups that compute, their registers).
+#define VIDLA_FORWARD_WGMMA(V) \
+  V(64, 64, 3, 160)            \
+  V(64, 128, 3, 160)           \
+  V(64, 208, 2, 240)           \
+  V(64, 272, 2, 240)
+constexpr int mma_variants(int dim) {
+  int count = 0;
+#define VIDLA_COUNT(n, D, ...) count += dim == D;
+  VIDLA_FORWARD_VARIANTS(VIDLA_COUNT)
+#undef VIDLA_COUNT
+  return count;
+}
+
 template <class T> int dispatch(const Problem& p, int dim, int variant, void* stream, bool dry) {
   bool served = false;
 #define VIDLA_RUN(n, D, ...)                                                  \
@@ -468,10 +490,28 @@ template <class T> int dispatch(const Problem& p, int dim, int variant, void* st
   served |= dim == D;
   VIDLA_FORWARD_VARIANTS(VIDLA_RUN)
 #undef VIDLA_RUN
+  int number = mma_variants(dim);
+#define VIDLA_RUN(D, ...) \
+  if (dim == D && number++ == variant) return run_wgmma<T, D, __VA_ARGS__>(p, stream, dry);
+  VIDLA_FORWARD_WGMMA(VIDLA_RUN)
+#undef VIDLA_RUN
   return served ? unknown_variant : unsupported_dim;
 }
 
-inline int choose(const Call&) { return 0; }  // see the list
+// See the lists.
+inline int choose(const Call& c) {
+  if (architecture() / 10 != 9) return 0;
+  const Layout layout = layout_of(c);
+  int number = mma_variants(c.head_dim);
+#define VIDLA_FITS(D, n, ...)                                                      \
+  if (c.head_dim == D) {                                                           \
+    if (layout.keys() <= n && wgmma_stages<D, n>(layout) > 1) return number;       \
+    ++number;                                                                      \
+  }
+  VIDLA_FORWARD_WGMMA(VIDLA_FITS)
+#undef VIDLA_FITS
+  return 0;
+}
 
 inline int forward(const Call& c, void* stream, bool dry) {
   if (const int status = wrong_sizes(c)) return status;
@@ -508,6 +548,12 @@ VIDLA_EXPORT const char* vidla_hierarchical_forward_variant(int head_dim, int va
   if (head_dim == D && variant == n)                                                                               \
     return #tiles " tiles a strip, " #chunk " keys a chunk, " #warps " warps, " #copiers " that copy, " #blocks " blocks";
   VIDLA_FORWARD_VARIANTS(VIDLA_NAME)
+#undef VIDLA_NAME
+  int number = vidla::mma_variants(head_dim);
+#define VIDLA_NAME(D, n, groups, registers)      \
+  if (head_dim == D && number++ == variant)      \
+    return "wgmma, H100: up to " #n " keys a frame at once, " #groups " warpgroups of " #registers " registers";
+  VIDLA_FORWARD_WGMMA(VIDLA_NAME)
 #undef VIDLA_NAME
   return nullptr;
 }

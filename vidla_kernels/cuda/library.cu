@@ -20,6 +20,7 @@ VIDLA_EXPORT const char* vidla_error_text(int status) {
     case vidla::small_workspace: return "the workspace is too small";
     case vidla::unknown_variant: return "there is no such variant for this head dimension";
     case vidla::misaligned: return "a pointer is no multiple of 16 bytes, or a stride no multiple of 8 elements";
+    case vidla::other_gpu: return "this tiling is for H100 (compute capability 9.x), which multiplies from shared memory";
     case vidla::no_room: return "a frame's tables do not fit into this GPU's shared memory";
   }
   return status < 0 ? "an unknown status" : vidla::error_name(status);
