@@ -507,7 +507,7 @@ def _shuffle(x: Decoded) -> Effect:
     return write([x.args[1], x.args[0]], lambda a, lane: (a if lane == 0 else None, 1), *x.readers(2, 3))
 
 
-@meaning("VOTE")
+@meaning("VOTE", "VOTEU")
 def _vote(x: Decoded) -> Effect:
     """Taken to be unanimous with the first thread."""
     return write([next(a for a in x.args if is_predicate(a))], lambda a: a, reader(x.args[-1]))

@@ -28,20 +28,18 @@ template <int keys_, int ring_, int ahead_> struct Warpgroups {
   static constexpr int groups = 4, warps = 4 * groups, threads = 32 * warps, blocks = 1;
   static constexpr int tile = 32, slots = 2;
   static constexpr int capacity = 256;  // query rows
-  static_assert(keys % 16 == 0 && keys <= 64 * groups && ahead >= 2 && ring > ahead);
+  static_assert(keys % 16 == 0 && keys <= 64 * groups && ahead <= groups && ring > ahead && ring < 2 * groups);
 
   using Row = Rows<D>;
   static constexpr int table = keys * Row::bytes;  // of K or V
-  static constexpr int key_steps = (keys + 63) / 64;  // in which they are fetched
   static constexpr int d_out_after_q = tile * Row::bytes;
   static constexpr int ring_at = 4 * table, tile_bytes = 2 * d_out_after_q;
   static constexpr int ds_at = ring_at + ring * tile_bytes;
-  static constexpr int out_at = ds_at + slots * table;  // O of the tile on its way
-  static constexpr int stats_at = out_at + d_out_after_q, stats = 8 * tile;  // of two rows: lse, lse, delta, delta
+  static constexpr int stats_at = ds_at + slots * table, stats = 8 * tile;  // of two rows: lse, lse, delta, delta
   static constexpr int limits_at = stats_at + ring * stats;             // keys that a row sees
   static constexpr int items_at = limits_at + ring * 4 * tile, item = 32;  // two for each warp
   static constexpr int barriers_at = items_at + warps * 2 * item;
-  static constexpr int full = barriers_at, empty = full + 8 * ring;          // tiles
+  static constexpr int full = barriers_at, empty = full + 16 * groups;          // tiles
   static constexpr int keys_full = empty + 8 * ring, keys_empty = keys_full + 16;
   static constexpr int most_pairs = capacity / 64, ds_full = keys_empty + 16, ds_empty = ds_full + 8 * most_pairs;  // by pair of tiles
   static constexpr int sums_at = ds_empty + 8 * most_pairs;
@@ -58,11 +56,11 @@ template <int keys_, int ring_, int ahead_> struct Warpgroups {
 };
 
 struct Tiles : Gradient {
-  int query_rows, key_rows, tiles, pairs, steps_a_tile;  // of the next frame's keys
+  int query_rows, key_rows, tiles, pairs;
 
   template <class C> static Tiles of(const Gradient& p, C) {
     const int tiles = (p.queries() + C::tile - 1) / C::tile;
-    return {p, p.queries(), p.keys(), tiles, (tiles + 1) / 2, (C::key_steps + tiles - 3) / (tiles - 2)};
+    return {p, p.queries(), p.keys(), tiles, (tiles + 1) / 2};
   }
 };
 
@@ -78,10 +76,8 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
   auto of_head = [&](const Item& o) { return int64_t(o.batch) * p.heads + o.head; };
 
   if (thread == 0) {
-    for (int i = 0; i < ring; ++i) {
-      mbarrier_init(base + C::full + 8 * i, C::warps);
-      mbarrier_init(base + C::empty + 8 * i, C::warps);
-    }
+    for (int i = 0; i < ring; ++i) mbarrier_init(base + C::empty + 8 * i, C::warps);
+    for (int i = 0; i < 2 * C::groups; ++i) mbarrier_init(base + C::full + 8 * i, 4);
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(base + C::keys_full + 8 * i, C::warps);
       mbarrier_init(base + C::keys_empty + 8 * i, C::warps);
@@ -117,83 +113,108 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
     warp_sync();
   };
 
-  // Rows of K and V: 64 a step, 16 bytes of each a thread.
-  auto fetch_keys = [&](int which, int step) {
+  // A warpgroup's 64 rows of K and V.
+  auto fetch_keys = [&](int which) {
     const Item item = item_at(which);
-    const int index = not_ahead(thread), key = 64 * step + index / 8, unit = index % 8;
-    const bool active = key < p.key_rows;
-    const T* from = static_cast<const T*>(p.qkv) + in_qkv(item) + p.qkv_third;
-    from += p.key_token(item.frame, active ? key : 0) * p.qkv_token + 8 * unit;
-    const uint32_t to = base + 2 * which * C::table + C::Row::at(key, unit);
-    cp_async_16(to, from, true, active);
-    cp_async_16(to + C::table, from + p.qkv_third, true, active);
+    const int index = not_ahead(thread), unit = index % 8;
+    const T* from = static_cast<const T*>(p.qkv) + in_qkv(item) + p.qkv_third + 8 * unit;
+    const uint32_t table_at = base + 2 * which * C::table;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int key = 64 * group + 16 * i + index / 8 % 16;
+      const bool active = key < p.key_rows;
+      const T* k = from + p.key_token(item.frame, active ? key : 0) * p.qkv_token;
+      cp_async_16(table_at + C::Row::at(key, unit), k, true, active);
+      cp_async_16(table_at + C::Row::at(key, unit) + C::table, k + p.qkv_third, true, active);
+    }
   };
 
-  // Tiles: 16 bytes of dO and O a thread, or of Q. lse of a row stays with its lane until the tile is finished.
-  float lse = 0;
-  auto fetch_tile = [&](int which, int number, int slot) {
-    const bool with_out = group < 2, with_lse = warp == 8;
+  // A tile, by one warpgroup: Q and dO, 2 rows by 16 bytes of each a thread.
+  auto fetch_tile = [&](int which, int t, int slot) {
     const Item item = item_at(which);
-    const int index = not_ahead(thread) & 255, row = index / 8, unit = index % 8, query = number * C::tile + row;
-    const bool valid = query < p.query_rows;
-    const int token = valid ? p.query_token(item.frame, query) : 0;
-    const int64_t at = in_out(item) + int64_t(token) * p.heads * D + 8 * unit;
-    const T* from = with_out ? static_cast<const T*>(p.d_out) + at
-                             : static_cast<const T*>(p.qkv) + in_qkv(item) + token * p.qkv_token + 8 * unit;
-    const uint32_t to = base + C::ring_at + slot * C::tile_bytes + (with_out ? C::d_out_after_q : 0);
-    cp_async_16(to + C::Row::at(row, unit), from, valid);
-    if (with_out) cp_async_16(base + C::out_at + 16 * index, static_cast<const T*>(p.out) + at, valid);
-    if (with_lse) {
-      const int mine = number * C::tile + (index & 31);
-      const int its = mine < p.query_rows ? p.query_token(item.frame, mine) : -1;
-      lse = as_float(load_global<uint32_t>(p.lse + of_head(item) * p.sequence() + its, its >= 0));
-      if (its < 0 || (its < p.summary() && !p.frame_visible(item.frame, its))) lse = -minus_infinity;
-      store_shared(base + C::limits_at + slot * 4 * C::tile + 4 * (index & 31), uint32_t(p.limit(item.frame, mine)));
+    const int index = not_ahead(thread) & 127, unit = index % 8;
+    const T* q = static_cast<const T*>(p.qkv) + in_qkv(item) + 8 * unit;
+    const T* d_out = static_cast<const T*>(p.d_out) + in_out(item) + 8 * unit;
+    const uint32_t to = base + C::ring_at + slot * C::tile_bytes + C::Row::at(index / 8, unit);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int query = t * C::tile + 16 * i + index / 8;
+      const bool valid = query < p.query_rows;
+      const int token = valid ? p.query_token(item.frame, query) : 0;
+      cp_async_16(to + 16 * i * row_bytes, q + token * p.qkv_token, valid);
+      cp_async_16(to + 16 * i * row_bytes + C::d_out_after_q, d_out + int64_t(token) * p.heads * D, valid);
+    }
+    cp_async_commit();
+  };
+  // O of these rows, and one row's lse and limit: on their way while this thread's warpgroup waits for products.
+  Word4 out[2];
+  float lse;
+  int limit;
+  auto load_rows = [&](int which, int t) {
+    const Item item = item_at(which);
+    const int index = not_ahead(thread) & 127;
+    const T* from = static_cast<const T*>(p.out) + in_out(item) + index % 8 * 8;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int query = t * C::tile + 16 * i + index / 8;
+      const bool valid = query < p.query_rows;
+      out[i] = load_global<Word4>(from + int64_t(valid ? p.query_token(item.frame, query) : 0) * p.heads * D, valid);
+    }
+    if (warp % 4 == 0) {
+      const int query = t * C::tile + (index & 31), token = query < p.query_rows ? p.query_token(item.frame, query) : -1;
+      lse = as_float(load_global<uint32_t>(p.lse + of_head(item) * p.sequence() + token, token >= 0));
+      if (token < 0 || (token < p.summary() && !p.frame_visible(item.frame, token))) lse = -minus_infinity;
+      limit = p.limit(item.frame, query);
     }
   };
-  auto finish_tile = [&](int slot) {
-    const bool with_out = group < 2, with_lse = warp == 8;
-    const int index = not_ahead(thread) & 255;
-    auto stats_of = [&](int row) { return base + C::stats_at + slot * C::stats + row / 2 * 16 + row % 2 * 4; };
-    if (with_out) {
-      const uint32_t at = base + C::ring_at + slot * C::tile_bytes + C::d_out_after_q + C::Row::at(index / 8, index % 8);
-      float delta = 0;
+  auto finish_tile = [&](int number, int slot) {  // the tile's number of all
+    const int index = not_ahead(thread) & 127;
+    const uint32_t stats_at = base + C::stats_at + slot * C::stats;
+    auto in_stats = [&](int row) { return stats_at + row / 2 * 16 + row % 2 * 4; };
+    cp_async_wait<0>();
+    const uint32_t at = base + C::ring_at + slot * C::tile_bytes + C::d_out_after_q + C::Row::at(index / 8, index % 8);
+    float delta[2] = {};
 #pragma unroll
-      for (int e = 0; e < 8; e += 4) {
-        const Word2 x = load_shared(at + 2 * e, true), y = load_shared(base + C::out_at + 16 * index + 2 * e, true);
+    for (int i = 0; i < 4; ++i) {
+      const Word2 x = load_shared(at + i / 2 * 16 * row_bytes + i % 2 * 8, true);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) delta += unpack<T>(x.x[i / 2], i % 2) * unpack<T>(y.x[i / 2], i % 2);
-      }
-#pragma unroll
-      for (int mask = 1; mask < 8; mask *= 2) delta += shuffle_xor(delta, mask);
-      store_shared(stats_of(index / 8) + 8, as_word(delta), index % 8 == 0);
+      for (int e = 0; e < 4; ++e)
+        delta[i / 2] += unpack<T>(x.x[e / 2], e % 2) * unpack<T>(out[i / 2].x[i % 2 * 2 + e / 2], e % 2);
     }
-    if (with_lse) store_shared(stats_of(index & 31), as_word(lse));
+#pragma unroll
+    for (int mask = 1; mask < 8; mask *= 2) {
+      delta[0] += shuffle_xor(delta[0], mask);
+      delta[1] += shuffle_xor(delta[1], mask);
+    }
+    store_shared(in_stats(index / 8 + index % 2 * 16) + 8, as_word(index % 2 ? delta[1] : delta[0]), index % 8 < 2);
+    if (warp % 4 == 0) {
+      store_shared(in_stats(index & 31), as_word(lse));
+      store_shared(base + C::limits_at + slot * 4 * C::tile + 4 * (index & 31), uint32_t(limit));
+    }
     fence_async();
-    mbarrier_arrive(base + C::full + 8 * slot);
+    mbarrier_arrive(base + C::full + 8 * (number % (2 * C::groups)));
   };
 
   Item item = Item::first(p, block_index());
   if (item.unit >= p.units()) return;
   keep(0, item);
-#pragma unroll 1
-  for (int step = 0; step < C::key_steps; ++step) fetch_keys(0, step);
-#pragma unroll 1
-  for (int i = 0; i < ahead; ++i) {
-    if (i) {
-      cp_async_commit();
-      cp_async_wait<0>();
-      finish_tile(i - 1);
-    }
-    if (i == 1) mbarrier_arrive(base + C::keys_full);
-    fetch_tile(0, i, i);
-  }
+  fetch_keys(0);
   cp_async_commit();
+  if (group < ahead) {
+    fetch_tile(0, group, group);
+    load_rows(0, group);
+  }
+  cp_async_wait<0>();
+  fence_async();
+  mbarrier_arrive(base + C::keys_full);
+  if (group < ahead) finish_tile(group, group);
 
   const int first_key = group < C::groups - 1 ? 64 * group : C::keys - 64;  // of the warpgroup's 64
   const int mine = first_key + warp % 4 * 16;                               // the warp's first
   float d_k[D / 2], d_v[D / 2];
-  int slot = 0, phase = 0;  // of the ring
+  int number = 0, slot = 0, phase = 0;  // of the tile: of all; in the ring
+  uint32_t ds_at = base + C::ds_at;  // the slot at hand
+  const uint32_t both_ds = 2 * ds_at + C::table;
 #pragma unroll 1
   for (int n = 0; item.unit < p.units(); ++n) {  // frames
     const int buffer = n & 1, frame = item.frame;
@@ -202,6 +223,9 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
     keep(1 - buffer, item);
     const bool more = item.unit < p.units();
     const uint32_t keys_at = base + 2 * buffer * C::table;
+    // Whose dQ is this warpgroup's, if any: those of a pair, when a tile more is done.
+    const int job = group < p.pairs ? least(2 * group + 2, p.tiles - 1) : -1;
+    const uint32_t job_ds_at = group % 2 ? both_ds - ds_at : ds_at;
 
     // 16 rows by 64 columns that a warp has of dQ, dK or dV: rows of d_qkv, or of summary tokens' sums, which are each the
     // same thread's in all frames.
@@ -251,7 +275,7 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
       const uint64_t q = matrix_descriptor(tile_at, Swizzle::b128, 16, 8 * row_bytes);
       const uint64_t v = advance(k, C::table), d_out = advance(q, C::d_out_after_q);
       float s[C::tile / 2], ds[C::tile / 2];
-      mbarrier_wait(base + C::full + 8 * slot, phase);
+      mbarrier_wait(base + C::full + 8 * (number % (2 * C::groups)), number / (2 * C::groups));
       wgmma_fence();
 #pragma unroll
       for (int d = 0; d < D / 16; ++d) wgmma<T, C::tile, false, false>(s, advance(k, 32 * d), advance(q, 32 * d), d > 0);
@@ -260,6 +284,11 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
       for (int d = 0; d < D / 16; ++d) wgmma<T, C::tile, false, false>(ds, advance(v, 32 * d), advance(d_out, 32 * d), d > 0);
       wgmma_commit();
 
+      const bool finishes = (number + ahead - 1) % C::groups == group && number > 0 && (more || t + ahead - 1 < p.tiles);
+      if (finishes) {
+        const bool of_next = t + ahead - 1 >= p.tiles;
+        load_rows(of_next ? 1 - buffer : buffer, of_next ? t + ahead - 1 - p.tiles : t + ahead - 1);
+      }
       const int lane = not_ahead(thread) & 31, g = lane / 4, j = lane % 4;
       const uint32_t stats_at = base + C::stats_at + slot * C::stats + 16 * j;
       wgmma_wait<1>();
@@ -310,7 +339,6 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
         mbarrier_wait(base + C::ds_empty + 8 * before, here ? n : n - 1);
       }
       if (mine >= 64 * group && mine < p.key_rows) {
-        const uint32_t ds_at = base + C::ds_at + (n * p.pairs + t / 2) % 2 * C::table;
         if (mine + 16 <= p.key_rows) {
           // Row of matrix lane / 8: queries 8 * (lane / 8) on, keys of one half.
           const uint32_t to = ds_at + C::Row::at(mine + lane % 8, t % 2 * 4 + lane / 8);
@@ -331,42 +359,43 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
       if (t % 2 || last) {
         fence_async();
         mbarrier_arrive(base + C::ds_full + 8 * (t / 2));
+        ds_at = both_ds - ds_at;
       }
 
       // While they multiply: the tile that was asked for last is there, another one is asked for, and keys of the next frame.
-      cp_async_wait<0>();
-      if (more || t + ahead - 1 < p.tiles) finish_tile(slot + ahead - 1 < ring ? slot + ahead - 1 : slot + ahead - 1 - ring);
-      if (more && last) mbarrier_arrive(base + C::keys_full + 8 * (1 - buffer));
-      if (more || t + ahead < p.tiles) {
+      if (finishes)
+        finish_tile(number + ahead - 1, slot + ahead - 1 < ring ? slot + ahead - 1 : slot + ahead - 1 - ring);
+      if (more && last) {
+        cp_async_wait<0>();
+        fence_async();
+        mbarrier_arrive(base + C::keys_full + 8 * (1 - buffer));
+      }
+      if ((number + ahead) % C::groups == group && (more || t + ahead < p.tiles)) {
         const bool wraps = slot + ahead >= ring, of_next = t + ahead >= p.tiles;
         const int to = wraps ? slot + ahead - ring : slot + ahead;
         mbarrier_wait(base + C::empty + 8 * to, phase ^ wraps ^ 1);
         fetch_tile(of_next ? 1 - buffer : buffer, of_next ? t + ahead - p.tiles : t + ahead, to);
       }
-      if (more && t && !last) {
-        if (t == 1) mbarrier_wait(base + C::keys_empty + 8 * (1 - buffer), ((n + 1) >> 1) ^ 1);
-#pragma unroll 1
-        for (int step = (t - 1) * p.steps_a_tile; step < least(t * p.steps_a_tile, C::key_steps); ++step) fetch_keys(1 - buffer, step);
+      if (more && t == least(1 + group, p.tiles - 2)) {
+        mbarrier_wait(base + C::keys_empty + 8 * (1 - buffer), ((n + 1) >> 1) ^ 1);
+        fetch_keys(1 - buffer);
+        cp_async_commit();
       }
-      cp_async_commit();
 
       wgmma_wait<0>();
       registers_fence(d_v);
       registers_fence(d_k);
       mbarrier_arrive(base + C::empty + 8 * slot);
+      ++number;
       if (++slot == ring) slot = 0, phase ^= 1;
 
       if (last) {
         leave(d_v, 2, mine, 64 * group, p.key_rows, 1);
         leave(d_k, 1, mine, 64 * group, p.key_rows, p.scale);
       }
-      // A pair's dQ, a tile after the pair was whole, or at the end of the frame.
-#pragma unroll 1
-      for (int pair = t / 2 - 1 + t % 2; pair < p.pairs && (last || (t % 2 == 0 && 2 * pair + 2 == t)); ++pair) {
-        if (pair < 0 || pair % C::groups != group) continue;
-        mbarrier_wait(base + C::ds_full + 8 * pair, n);
-        const uint32_t ds_at = base + C::ds_at + (n * p.pairs + pair) % 2 * C::table;
-        const uint64_t a = matrix_descriptor(ds_at, Swizzle::b128, 16, 8 * row_bytes);
+      if (t == job) {
+        mbarrier_wait(base + C::ds_full + 8 * group, n);
+        const uint64_t a = matrix_descriptor(job_ds_at, Swizzle::b128, 16, 8 * row_bytes);
         const uint64_t b = matrix_descriptor(keys_at, Swizzle::b128, 16, 8 * row_bytes);
         float d_q[D / 2];
         wgmma_fence();
@@ -376,8 +405,8 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
         wgmma_commit();
         wgmma_wait<0>();
         registers_fence(d_q);
-        mbarrier_arrive(base + C::ds_empty + 8 * pair);
-        leave(d_q, 0, 64 * pair + warp % 4 * 16, 0, p.query_rows, p.scale);
+        mbarrier_arrive(base + C::ds_empty + 8 * group);
+        leave(d_q, 0, 64 * group + warp % 4 * 16, 0, p.query_rows, p.scale);
       }
     }
     mbarrier_arrive(base + C::keys_empty + 8 * buffer);
