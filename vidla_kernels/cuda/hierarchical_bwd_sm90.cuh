@@ -144,13 +144,19 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
       cp_async_16(to + 16 * i * row_bytes, q + token * p.qkv_token, valid);
       cp_async_16(to + 16 * i * row_bytes + C::d_out_after_q, d_out + int64_t(token) * p.heads * D, valid);
     }
+    if (warp % 4 == 0 && (t + 1) * C::tile > p.patches) {
+      const int row = index & 31;
+      const uint32_t limit = p.limit(item.frame, t * C::tile + row);
+      store_shared(base + C::limits_at + slot * 4 * C::tile + 4 * row, limit);
+    }
     cp_async_commit();
   };
   // O of these rows, and one row's lse and limit: on their way while this thread's warpgroup waits for products.
-  Word4 out[2];
-  float lse;
-  int limit;
-  auto load_rows = [&](int which, int t) {
+  struct OnTheirWay {
+    Word4 out[2];
+    float lse;
+  };
+  auto load_rows = [&](OnTheirWay& rows, int which, int t) {
     const Item item = item_at(which);
     const int index = not_ahead(thread) & 127;
     const T* from = static_cast<const T*>(p.out) + in_out(item) + index % 8 * 8;
@@ -158,16 +164,15 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
     for (int i = 0; i < 2; ++i) {
       const int query = t * C::tile + 16 * i + index / 8;
       const bool valid = query < p.query_rows;
-      out[i] = load_global<Word4>(from + int64_t(valid ? p.query_token(item.frame, query) : 0) * p.heads * D, valid);
+      rows.out[i] = load_global<Word4>(from + int64_t(valid ? p.query_token(item.frame, query) : 0) * p.heads * D, valid);
     }
     if (warp % 4 == 0) {
       const int query = t * C::tile + (index & 31), token = query < p.query_rows ? p.query_token(item.frame, query) : -1;
-      lse = as_float(load_global<uint32_t>(p.lse + of_head(item) * p.sequence() + token, token >= 0));
-      if (token < 0 || (token < p.summary() && !p.frame_visible(item.frame, token))) lse = -minus_infinity;
-      limit = p.limit(item.frame, query);
+      rows.lse = as_float(load_global<uint32_t>(p.lse + of_head(item) * p.sequence() + token, token >= 0));
+      if (token < 0 || (token < p.summary() && !p.frame_visible(item.frame, token))) rows.lse = -minus_infinity;
     }
   };
-  auto finish_tile = [&](int number, int slot) {  // the tile's number of all
+  auto finish_tile = [&](const OnTheirWay& rows, unsigned number, int slot) {  // the tile's number of all
     const int index = not_ahead(thread) & 127;
     const uint32_t stats_at = base + C::stats_at + slot * C::stats;
     auto in_stats = [&](int row) { return stats_at + row / 2 * 16 + row % 2 * 4; };
@@ -179,7 +184,7 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
       const Word2 x = load_shared(at + i / 2 * 16 * row_bytes + i % 2 * 8, true);
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        delta[i / 2] += unpack<T>(x.x[e / 2], e % 2) * unpack<T>(out[i / 2].x[i % 2 * 2 + e / 2], e % 2);
+        delta[i / 2] += unpack<T>(x.x[e / 2], e % 2) * unpack<T>(rows.out[i / 2].x[i % 2 * 2 + e / 2], e % 2);
     }
 #pragma unroll
     for (int mask = 1; mask < 8; mask *= 2) {
@@ -188,8 +193,7 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
     }
     store_shared(in_stats(index / 8 + index % 2 * 16) + 8, as_word(index % 2 ? delta[1] : delta[0]), index % 8 < 2);
     if (warp % 4 == 0) {
-      store_shared(in_stats(index & 31), as_word(lse));
-      store_shared(base + C::limits_at + slot * 4 * C::tile + 4 * (index & 31), uint32_t(limit));
+      store_shared(in_stats(index & 31), as_word(rows.lse));
     }
     fence_async();
     mbarrier_arrive(base + C::full + 8 * (number % (2 * C::groups)));
@@ -200,19 +204,21 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
   keep(0, item);
   fetch_keys(0);
   cp_async_commit();
+  OnTheirWay first_rows;
   if (group < ahead) {
     fetch_tile(0, group, group);
-    load_rows(0, group);
+    load_rows(first_rows, 0, group);
   }
   cp_async_wait<0>();
   fence_async();
   mbarrier_arrive(base + C::keys_full);
-  if (group < ahead) finish_tile(group, group);
+  if (group < ahead) finish_tile(first_rows, group, group);
 
   const int first_key = group < C::groups - 1 ? 64 * group : C::keys - 64;  // of the warpgroup's 64
   const int mine = first_key + warp % 4 * 16;                               // the warp's first
   float d_k[D / 2], d_v[D / 2];
-  int number = 0, slot = 0, phase = 0;  // of the tile: of all; in the ring
+  unsigned number = 0;
+  int slot = 0, phase = 0;  // of the tile: of all; in the ring
   uint32_t ds_at = base + C::ds_at;  // the slot at hand
   const uint32_t both_ds = 2 * ds_at + C::table;
 #pragma unroll 1
@@ -241,6 +247,7 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
 #pragma unroll
         for (int c = 0; c < D / 16; ++c)
           store_16_columns(at + 16 * c, acc + 8 * c + 2 * h, acc + 8 * c + 4 + 2 * h, factor, row >= begin && row < p.patches);
+        registers_fence(acc);
       }
       if (row0 + 16 <= p.patches || row0 < begin || row0 >= end) return;
 #pragma unroll
@@ -284,10 +291,11 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
       for (int d = 0; d < D / 16; ++d) wgmma<T, C::tile, false, false>(ds, advance(v, 32 * d), advance(d_out, 32 * d), d > 0);
       wgmma_commit();
 
-      const bool finishes = (number + ahead - 1) % C::groups == group && number > 0 && (more || t + ahead - 1 < p.tiles);
+      const bool finishes = (number + ahead - 1) % C::groups == unsigned(group) && number > 0 && (more || t + ahead - 1 < p.tiles);
+      OnTheirWay rows;
       if (finishes) {
         const bool of_next = t + ahead - 1 >= p.tiles;
-        load_rows(of_next ? 1 - buffer : buffer, of_next ? t + ahead - 1 - p.tiles : t + ahead - 1);
+        load_rows(rows, of_next ? 1 - buffer : buffer, of_next ? t + ahead - 1 - p.tiles : t + ahead - 1);
       }
       const int lane = not_ahead(thread) & 31, g = lane / 4, j = lane % 4;
       const uint32_t stats_at = base + C::stats_at + slot * C::stats + 16 * j;
@@ -364,13 +372,13 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
 
       // While they multiply: the tile that was asked for last is there, another one is asked for, and keys of the next frame.
       if (finishes)
-        finish_tile(number + ahead - 1, slot + ahead - 1 < ring ? slot + ahead - 1 : slot + ahead - 1 - ring);
+        finish_tile(rows, number + ahead - 1, slot + ahead - 1 < ring ? slot + ahead - 1 : slot + ahead - 1 - ring);
       if (more && last) {
         cp_async_wait<0>();
         fence_async();
         mbarrier_arrive(base + C::keys_full + 8 * (1 - buffer));
       }
-      if ((number + ahead) % C::groups == group && (more || t + ahead < p.tiles)) {
+      if ((number + ahead) % C::groups == unsigned(group) && (more || t + ahead < p.tiles)) {
         const bool wraps = slot + ahead >= ring, of_next = t + ahead >= p.tiles;
         const int to = wraps ? slot + ahead - ring : slot + ahead;
         mbarrier_wait(base + C::empty + 8 * to, phase ^ wraps ^ 1);
@@ -389,10 +397,6 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
       ++number;
       if (++slot == ring) slot = 0, phase ^= 1;
 
-      if (last) {
-        leave(d_v, 2, mine, 64 * group, p.key_rows, 1);
-        leave(d_k, 1, mine, 64 * group, p.key_rows, p.scale);
-      }
       if (t == job) {
         mbarrier_wait(base + C::ds_full + 8 * group, n);
         const uint64_t a = matrix_descriptor(job_ds_at, Swizzle::b128, 16, 8 * row_bytes);
@@ -410,6 +414,8 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
       }
     }
     mbarrier_arrive(base + C::keys_empty + 8 * buffer);
+    leave(d_v, 2, mine, 64 * group, p.key_rows, 1);
+    leave(d_k, 1, mine, 64 * group, p.key_rows, p.scale);
   }
 }
 
