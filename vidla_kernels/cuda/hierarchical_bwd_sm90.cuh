@@ -22,27 +22,30 @@
 
 namespace vidla {
 
-// keys: rows of the tables, a multiple of 16; ring: tiles of Q and dO.
+// keys: rows of the tables; ring: tiles of Q and dO; ahead: so many tiles before it is needed one is asked for.
 template <int keys_, int ring_, int ahead_> struct Warpgroups {
   static constexpr int D = 64, keys = keys_, ring = ring_, ahead = ahead_;
   static constexpr int groups = 4, warps = 4 * groups, threads = 32 * warps, blocks = 1;
+  static constexpr int strips = groups - 1, rest = 64 * strips;  // warpgroups that own 64 keys; the first key of the others
   static constexpr int tile = 32, slots = 2;
   static constexpr int capacity = 256;  // query rows
-  static_assert(keys % 16 == 0 && keys <= 64 * groups && ahead <= groups && ring > ahead && ring < 2 * groups);
+  // A slot of the ring is always filled by the same warpgroup, and two tiles in a row make one table.
+  static_assert(keys == rest + 16 && ahead == strips && ring % 2 == 0 && ring % strips == 0 && ring > ahead);
 
   using Row = Rows<D>;
-  static constexpr int table = keys * Row::bytes;  // of K or V
-  static constexpr int d_out_after_q = tile * Row::bytes;
-  static constexpr int ring_at = 4 * table, tile_bytes = 2 * d_out_after_q;
-  static constexpr int ds_at = ring_at + ring * tile_bytes;
-  static constexpr int stats_at = ds_at + slots * table, stats = 8 * tile;  // of two rows: lse, lse, delta, delta
-  static constexpr int limits_at = stats_at + ring * stats;             // keys that a row sees
-  static constexpr int items_at = limits_at + ring * 4 * tile, item = 32;  // two for each warp
-  static constexpr int barriers_at = items_at + warps * 2 * item;
-  static constexpr int full = barriers_at, empty = full + 16 * groups;          // tiles
-  static constexpr int keys_full = empty + 8 * ring, keys_empty = keys_full + 16;
-  static constexpr int most_pairs = capacity / 64, ds_full = keys_empty + 16, ds_empty = ds_full + 8 * most_pairs;  // by pair of tiles
-  static constexpr int sums_at = ds_empty + 8 * most_pairs;
+  static constexpr int table = keys * Row::bytes, tile_bytes = tile * Row::bytes;
+  static constexpr int q_at = 4 * table, d_out_after_q = ring * tile_bytes;
+  static constexpr int ds_at = q_at + 2 * d_out_after_q;
+  static constexpr int p_at = ds_at + slots * table, p_bytes = 16 * Row::bytes;  // P of the other keys, twice
+  static constexpr int stats_at = p_at + 2 * p_bytes, stats = 8 * tile;          // of two rows: lse, lse, delta, delta
+  static constexpr int limits_at = stats_at + ring * stats;                      // keys that a row sees
+  static constexpr int items_at = limits_at + ring * 4 * tile, item = 32;        // two for each warp
+  static constexpr int full = items_at + warps * 2 * item, empty = full + 8 * ring;  // barriers: of tiles,
+  static constexpr int keys_full = empty + 8 * ring, keys_empty = keys_full + 16;    // of the two tables of keys,
+  static constexpr int most_pairs = capacity / 64;                                   // of pairs of tiles
+  static constexpr int ds_full = keys_empty + 16, ds_empty = ds_full + 8 * most_pairs;
+  static constexpr int rest_full = ds_empty + 8 * most_pairs;  // P and dS of the other keys
+  static constexpr int sums_at = rest_full + 8;
   static_assert(sums_at % 8 == 0);
 
   VIDLA_HOST_DEVICE static uint32_t in_sums(unsigned row, unsigned token, unsigned column) {
@@ -50,7 +53,7 @@ template <int keys_, int ring_, int ahead_> struct Warpgroups {
   }
   // Whether it can take such frames, here: tiles are fetched no further ahead than the next frame.
   static bool serves(const Layout& p) {
-    const bool sizes = p.keys() <= keys && p.queries() > (ahead - 1) * tile && p.queries() <= capacity;
+    const bool sizes = p.keys() <= keys && p.queries() > 2 * tile && p.queries() <= capacity;
     return sizes && sums_at + 12 * D * p.summary() <= shared_memory_limit() && architecture() / 10 == 9;
   }
 };
@@ -76,16 +79,19 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
   auto of_head = [&](const Item& o) { return int64_t(o.batch) * p.heads + o.head; };
 
   if (thread == 0) {
-    for (int i = 0; i < ring; ++i) mbarrier_init(base + C::empty + 8 * i, C::warps);
-    for (int i = 0; i < 2 * C::groups; ++i) mbarrier_init(base + C::full + 8 * i, 4);
+    for (int i = 0; i < ring; ++i) {
+      mbarrier_init(base + C::full + 8 * i, 4);
+      mbarrier_init(base + C::empty + 8 * i, C::warps);
+    }
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(base + C::keys_full + 8 * i, C::warps);
       mbarrier_init(base + C::keys_empty + 8 * i, C::warps);
     }
     for (int i = 0; i < C::most_pairs; ++i) {
-      mbarrier_init(base + C::ds_full + 8 * i, C::warps);
+      mbarrier_init(base + C::ds_full + 8 * i, 4 * C::strips);
       mbarrier_init(base + C::ds_empty + 8 * i, 4);
     }
+    mbarrier_init(base + C::rest_full, 4);
   }
   // What is never fetched or written: keys past the last, and their dS.
 #pragma unroll 1
@@ -113,7 +119,7 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
     warp_sync();
   };
 
-  // A warpgroup's 64 rows of K and V.
+  // A warpgroup's rows of K and V.
   auto fetch_keys = [&](int which) {
     const Item item = item_at(which);
     const int index = not_ahead(thread), unit = index % 8;
@@ -121,6 +127,7 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
     const uint32_t table_at = base + 2 * which * C::table;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
+      if (i && group == C::strips) break;
       const int key = 64 * group + 16 * i + index / 8 % 16;
       const bool active = key < p.key_rows;
       const T* k = from + p.key_token(item.frame, active ? key : 0) * p.qkv_token;
@@ -135,7 +142,7 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
     const int index = not_ahead(thread) & 127, unit = index % 8;
     const T* q = static_cast<const T*>(p.qkv) + in_qkv(item) + 8 * unit;
     const T* d_out = static_cast<const T*>(p.d_out) + in_out(item) + 8 * unit;
-    const uint32_t to = base + C::ring_at + slot * C::tile_bytes + C::Row::at(index / 8, unit);
+    const uint32_t to = base + C::q_at + slot * C::tile_bytes + C::Row::at(index / 8, unit);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int query = t * C::tile + 16 * i + index / 8;
@@ -172,12 +179,12 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
       if (token < 0 || (token < p.summary() && !p.frame_visible(item.frame, token))) rows.lse = -minus_infinity;
     }
   };
-  auto finish_tile = [&](const OnTheirWay& rows, unsigned number, int slot) {  // the tile's number of all
+  auto finish_tile = [&](const OnTheirWay& rows, int slot) {
     const int index = not_ahead(thread) & 127;
     const uint32_t stats_at = base + C::stats_at + slot * C::stats;
     auto in_stats = [&](int row) { return stats_at + row / 2 * 16 + row % 2 * 4; };
     cp_async_wait<0>();
-    const uint32_t at = base + C::ring_at + slot * C::tile_bytes + C::d_out_after_q + C::Row::at(index / 8, index % 8);
+    const uint32_t at = base + C::q_at + slot * C::tile_bytes + C::d_out_after_q + C::Row::at(index / 8, index % 8);
     float delta[2] = {};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -196,42 +203,48 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
       store_shared(in_stats(index & 31), as_word(rows.lse));
     }
     fence_async();
-    mbarrier_arrive(base + C::full + 8 * (number % (2 * C::groups)));
+    mbarrier_arrive(base + C::full + 8 * slot);
   };
 
   Item item = Item::first(p, block_index());
   if (item.unit >= p.units()) return;
   keep(0, item);
   fetch_keys(0);
-  cp_async_commit();
   OnTheirWay first_rows;
   if (group < ahead) {
     fetch_tile(0, group, group);
     load_rows(first_rows, 0, group);
   }
+  cp_async_commit();
   cp_async_wait<0>();
   fence_async();
   mbarrier_arrive(base + C::keys_full);
-  if (group < ahead) finish_tile(first_rows, group, group);
+  if (group < ahead) finish_tile(first_rows, group);
 
-  const int first_key = group < C::groups - 1 ? 64 * group : C::keys - 64;  // of the warpgroup's 64
-  const int mine = first_key + warp % 4 * 16;                               // the warp's first
-  float d_k[D / 2], d_v[D / 2];
-  unsigned number = 0;
-  int slot = 0, phase = 0;  // of the tile: of all; in the ring
+  const int strip_warp = warp % 4 * 16, mine = 64 * group + strip_warp;  // the warp's first key
+  int slot = 0, phase = 0;           // of the ring
   uint32_t ds_at = base + C::ds_at;  // the slot at hand
   const uint32_t both_ds = 2 * ds_at + C::table;
-#pragma unroll 1
-  for (int n = 0; item.unit < p.units(); ++n) {  // frames
-    const int buffer = n & 1, frame = item.frame;
-    const bool opens = frame % p.segment_frames == 0, closes = frame + 1 == item.end;
+  int n = -1, buffer = 1, frame = 0;  // the frame's number of all, where its keys are, its number in the clip
+  bool opens, closes, more = true;    // a segment; whether there is a frame to come
+  uint32_t keys_at;
+  auto begin_frame = [&] {
+    ++n, buffer = n & 1, frame = item.frame;
+    opens = frame % p.segment_frames == 0, closes = frame + 1 == item.end;
     item = item.next(p);
     keep(1 - buffer, item);
-    const bool more = item.unit < p.units();
-    const uint32_t keys_at = base + 2 * buffer * C::table;
-    // Whose dQ is this warpgroup's, if any: those of a pair, when a tile more is done.
-    const int job = group < p.pairs ? least(2 * group + 2, p.tiles - 1) : -1;
-    const uint32_t job_ds_at = group % 2 ? both_ds - ds_at : ds_at;
+    more = item.unit < p.units();
+    keys_at = base + 2 * buffer * C::table;
+    mbarrier_wait(base + C::keys_full + 8 * buffer, n >> 1);
+  };
+  auto await_ds_empty = [&](int pair) {  // the slot's dQ of two pairs ago is done
+    const bool here = pair >= C::slots;
+    mbarrier_wait(base + C::ds_empty + 8 * (here ? pair - C::slots : pair - C::slots + p.pairs), here ? n : n - 1);
+  };
+  auto go_on = [&](int by) {
+    slot += by;
+    if (slot == ring) slot = 0, phase ^= 1;
+  };
 
     // 16 rows by 64 columns that a warp has of dQ, dK or dV: rows of d_qkv, or of summary tokens' sums, which are each the
     // same thread's in all frames.
@@ -274,15 +287,190 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
       }
     };
 
-    mbarrier_wait(base + C::keys_full + 8 * buffer, n >> 1);
+    // The same for 16 keys of the last warpgroup, which has dK and dV transposed: rows are columns, two columns two keys.
+    auto leave_rest = [&](float(&acc)[8], int part, float factor) {
+      const Item item = item_at(buffer);
+      const int lane = not_ahead(thread) & 31, g = lane / 4, j = lane % 4;
+      const int64_t segment = of_head(item) * p.segments + frame / p.segment_frames;
+#pragma unroll
+      for (int i = 0; i < 8; i += 2) {
+        const int column = strip_warp + i / 2 % 2 * 8 + g, key = C::rest + i / 4 * 8 + 2 * j;
+        const float x = acc[i] * factor, y = acc[i + 1] * factor;
+        if (C::rest < p.patches) {  // neighbours trade, so that each has two columns of a key
+          const float other = shuffle_xor(g % 2 ? x : y, 4);
+          const int its = key + g % 2;
+          T* to = static_cast<T*>(p.d_qkv) + in_d_qkv(item) + part * p.heads * D + column - g % 2;
+          to += int64_t(p.key_token(frame, its)) * 3 * p.heads * D;
+          store_global(to, g % 2 ? pack<T>(other, y) : pack<T>(x, other), its < p.patches);
+        }
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {  // in an order in which lanes fall on different banks
+          const int which = c ^ j / 2, token = key + which - p.patches, row = part * p.summary() + token;
+          const bool summary = token >= 0 && key + which < p.key_rows;
+          const uint32_t at = base + C::in_sums(row, token, column);
+          const float sum = (which ? y : x) + (summary && !opens ? as_float(load_shared(at)) : 0);
+          if (!closes) store_shared(at, as_word(sum), summary);
+          else store_global(p.partials + (segment * 3 * p.summary() + row) * D + column, as_word(sum), summary);
+        }
+      }
+    };
+
+  if (group == C::strips) {  // the other keys, and dQ
+    int rest_phase = 0;
 #pragma unroll 1
-    for (int t = 0; t < p.tiles; ++t) {
-      const uint32_t tile_at = base + C::ring_at + slot * C::tile_bytes;
-      const uint64_t k = matrix_descriptor(keys_at + first_key * row_bytes, Swizzle::b128, 16, 8 * row_bytes);
-      const uint64_t q = matrix_descriptor(tile_at, Swizzle::b128, 16, 8 * row_bytes);
+    while (more) {
+      begin_frame();
+      float n_v[8], n_k[8];
+      auto d_q_of = [&](int pair) {
+        mbarrier_wait(base + C::ds_full + 8 * pair, n);
+        const uint64_t a = matrix_descriptor(ds_at, Swizzle::b128, 16, 8 * row_bytes);
+        const uint64_t b = matrix_descriptor(keys_at, Swizzle::b128, 16, 8 * row_bytes);
+        float d_q[D / 2];
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < C::keys / 16; ++i)
+          wgmma<T, D, true, true>(d_q, advance(a, 16 * row_bytes * i), advance(b, 16 * row_bytes * i), i > 0);
+        wgmma_commit();
+        wgmma_wait<0>();
+        registers_fence(d_q);
+        mbarrier_arrive(base + C::ds_empty + 8 * pair);
+        ds_at = both_ds - ds_at;
+        leave(d_q, 0, 64 * pair + strip_warp, 0, p.query_rows, p.scale);
+      };
+#pragma unroll 1
+      for (int pair = 0; pair < p.pairs; ++pair) {
+        const uint32_t its_ds_at = pair ? both_ds - ds_at : ds_at, p_at = base + C::p_at + pair % 2 * C::p_bytes;
+        const uint64_t q = matrix_descriptor(base + C::q_at + slot * C::tile_bytes, Swizzle::b128, 16, 8 * row_bytes);
+        const uint64_t k = matrix_descriptor(keys_at + C::rest * row_bytes, Swizzle::b128, 16, 8 * row_bytes);
+        const uint64_t d_out = advance(q, C::d_out_after_q), v = advance(k, C::table);
+        float s[8], ds[8];
+        mbarrier_wait(base + C::full + 8 * slot, phase);
+        mbarrier_wait(base + C::full + 8 * slot + 8, phase);
+        wgmma_fence();
+#pragma unroll
+        for (int d = 0; d < D / 16; ++d) wgmma<T, 16, false, false>(s, advance(q, 32 * d), advance(k, 32 * d), d > 0);
+#pragma unroll
+        for (int d = 0; d < D / 16; ++d) wgmma<T, 16, false, false>(ds, advance(d_out, 32 * d), advance(v, 32 * d), d > 0);
+        wgmma_commit();
+
+        const int lane = not_ahead(thread) & 31, g = lane / 4, j = lane % 4;
+        float lse[2], delta[2];
+        int limit[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int row = strip_warp + 8 * h + g, of = slot + row / C::tile, in = row % C::tile;
+          const uint32_t at = base + C::stats_at + of * C::stats + in / 2 * 16 + in % 2 * 4;
+          lse[h] = as_float(load_shared(at)), delta[h] = as_float(load_shared(at + 8));
+          limit[h] = p.key_rows;
+          if (64 * pair + row >= p.patches) limit[h] = load_shared(base + C::limits_at + (of * C::tile + in) * 4);
+        }
+        wgmma_wait<0>();
+        registers_fence(s);
+        registers_fence(ds);
+        uint32_t a_p[4], a_ds[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int h = i % 2, e = i / 2 * 4 + 2 * h, key = C::rest + i / 2 * 8 + 2 * j;
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            s[e + c] = key + c < limit[h] ? exp2_fast(s[e + c] * p.scale_log2 - lse[h]) : 0;
+            ds[e + c] = s[e + c] * (ds[e + c] - delta[h]);
+          }
+          a_p[i] = pack<T>(s[e], s[e + 1]);
+          a_ds[i] = pack<T>(ds[e], ds[e + 1]);
+        }
+        // Transposed, keys by queries: matrix lane / 8 has 8 keys by 8 queries.
+        const int key = lane / 16 * 8 + lane % 8, unit = strip_warp / 8 + lane / 8 % 2;
+        await_ds_empty(pair);
+        stmatrix_x4_trans(p_at + C::Row::at(key, unit), a_p);
+        stmatrix_x4_trans(its_ds_at + C::Row::at(C::rest + key, unit), a_ds);
+        fence_async();
+        mbarrier_arrive(base + C::rest_full);
+        mbarrier_wait(base + C::rest_full, rest_phase);
+        rest_phase ^= 1;
+        const uint64_t b_p = matrix_descriptor(p_at, Swizzle::b128, 16, 8 * row_bytes);
+        const uint64_t b_ds = matrix_descriptor(its_ds_at + C::rest * row_bytes, Swizzle::b128, 16, 8 * row_bytes);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          wgmma<T, 16, true, false>(n_v, advance(d_out, 16 * row_bytes * i), advance(b_p, 32 * i), pair > 0 || i > 0);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          wgmma<T, 16, true, false>(n_k, advance(q, 16 * row_bytes * i), advance(b_ds, 32 * i), pair > 0 || i > 0);
+        wgmma_commit();
+        if (more && pair == 0) {
+          mbarrier_wait(base + C::keys_empty + 8 * (1 - buffer), ((n + 1) >> 1) ^ 1);
+          fetch_keys(1 - buffer);
+          cp_async_commit();
+        }
+        if (more && pair + 1 == p.pairs) {
+          cp_async_wait<0>();
+          fence_async();
+          mbarrier_arrive(base + C::keys_full + 8 * (1 - buffer));
+        }
+        wgmma_wait<0>();
+        registers_fence(n_v);
+        registers_fence(n_k);
+        mbarrier_arrive(base + C::empty + 8 * slot);
+        mbarrier_arrive(base + C::empty + 8 * slot + 8);
+        go_on(2);
+        if (pair) d_q_of(pair - 1);  // by now the others are done with it
+      }
+      d_q_of(p.pairs - 1);
+      mbarrier_arrive(base + C::keys_empty + 8 * buffer);
+      leave_rest(n_v, 2, 1);
+      leave_rest(n_k, 1, p.scale);
+    }
+    return;
+  }
+
+#pragma unroll 1
+  while (more) {
+    begin_frame();
+    float d_k[D / 2], d_v[D / 2];
+#pragma unroll 1
+    for (int t = 0; t < 2 * p.pairs; ++t) {
+      const int there = slot + ahead - 1 < ring ? slot + ahead - 1 : slot + ahead - 1 - ring;
+      const bool finishes = there % C::strips == group && (n || t) && (more || t + ahead - 1 < 2 * p.pairs);
+      const bool last = t + 1 == 2 * p.pairs;
+      OnTheirWay rows;
+      auto load = [&] {
+        const bool of_next = t + ahead - 1 >= 2 * p.pairs;
+        if (finishes) load_rows(rows, of_next ? 1 - buffer : buffer, of_next ? t + ahead - 1 - 2 * p.pairs : t + ahead - 1);
+      };
+      // The tile that was asked for last is there, another one is asked for, and keys of the next frame.
+      auto fetch = [&] {
+        if (finishes) finish_tile(rows, there);
+        if (more && last) {
+          cp_async_wait<0>();
+          fence_async();
+          mbarrier_arrive(base + C::keys_full + 8 * (1 - buffer));
+        }
+        const bool wraps = slot + ahead >= ring, of_next = t + ahead >= 2 * p.pairs;
+        const int to = wraps ? slot + ahead - ring : slot + ahead;
+        if (to % C::strips == group && (more || !of_next)) {
+          mbarrier_wait(base + C::empty + 8 * to, phase ^ wraps ^ 1);
+          fetch_tile(of_next ? 1 - buffer : buffer, of_next ? t + ahead - 2 * p.pairs : t + ahead, to);
+        }
+        if (more && t == least(1 + group, 2 * p.pairs - 2)) {
+          mbarrier_wait(base + C::keys_empty + 8 * (1 - buffer), ((n + 1) >> 1) ^ 1);
+          fetch_keys(1 - buffer);
+          cp_async_commit();
+        }
+      };
+      mbarrier_wait(base + C::full + 8 * slot, phase);
+      if (t >= p.tiles) {  // an odd number of tiles is made even by one without rows
+        mbarrier_arrive(base + C::empty + 8 * slot);
+        load();
+        fetch();
+        go_on(1);
+        break;
+      }
+
+      const uint64_t k = matrix_descriptor(keys_at + 64 * group * row_bytes, Swizzle::b128, 16, 8 * row_bytes);
+      const uint64_t q = matrix_descriptor(base + C::q_at + slot * C::tile_bytes, Swizzle::b128, 16, 8 * row_bytes);
       const uint64_t v = advance(k, C::table), d_out = advance(q, C::d_out_after_q);
       float s[C::tile / 2], ds[C::tile / 2];
-      mbarrier_wait(base + C::full + 8 * (number % (2 * C::groups)), number / (2 * C::groups));
       wgmma_fence();
 #pragma unroll
       for (int d = 0; d < D / 16; ++d) wgmma<T, C::tile, false, false>(s, advance(k, 32 * d), advance(q, 32 * d), d > 0);
@@ -291,12 +479,7 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
       for (int d = 0; d < D / 16; ++d) wgmma<T, C::tile, false, false>(ds, advance(v, 32 * d), advance(d_out, 32 * d), d > 0);
       wgmma_commit();
 
-      const bool finishes = (number + ahead - 1) % C::groups == unsigned(group) && number > 0 && (more || t + ahead - 1 < p.tiles);
-      OnTheirWay rows;
-      if (finishes) {
-        const bool of_next = t + ahead - 1 >= p.tiles;
-        load_rows(rows, of_next ? 1 - buffer : buffer, of_next ? t + ahead - 1 - p.tiles : t + ahead - 1);
-      }
+      load();
       const int lane = not_ahead(thread) & 31, g = lane / 4, j = lane % 4;
       const uint32_t stats_at = base + C::stats_at + slot * C::stats + 16 * j;
       wgmma_wait<1>();
@@ -341,12 +524,8 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
         wgmma<T, D, true>(d_k, a_ds[i], advance(q, 16 * row_bytes * i), t > 0 || i > 0);
       wgmma_commit();
 
-      if (t % 2 == 0) {  // the slot's dQ of two pairs ago is done
-        const bool here = t / 2 >= C::slots;
-        const int before = here ? t / 2 - C::slots : t / 2 - C::slots + p.pairs;
-        mbarrier_wait(base + C::ds_empty + 8 * before, here ? n : n - 1);
-      }
-      if (mine >= 64 * group && mine < p.key_rows) {
+      if (t % 2 == 0) await_ds_empty(t / 2);
+      if (mine < p.key_rows) {
         if (mine + 16 <= p.key_rows) {
           // Row of matrix lane / 8: queries 8 * (lane / 8) on, keys of one half.
           const uint32_t to = ds_at + C::Row::at(mine + lane % 8, t % 2 * 4 + lane / 8);
@@ -363,59 +542,22 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
                          mine + g + i % 2 * 8 < p.key_rows);
         }
       }
-      const bool last = t + 1 == p.tiles;
-      if (t % 2 || last) {
+      if (t % 2 || t + 1 == p.tiles) {
         fence_async();
         mbarrier_arrive(base + C::ds_full + 8 * (t / 2));
         ds_at = both_ds - ds_at;
       }
 
-      // While they multiply: the tile that was asked for last is there, another one is asked for, and keys of the next frame.
-      if (finishes)
-        finish_tile(rows, number + ahead - 1, slot + ahead - 1 < ring ? slot + ahead - 1 : slot + ahead - 1 - ring);
-      if (more && last) {
-        cp_async_wait<0>();
-        fence_async();
-        mbarrier_arrive(base + C::keys_full + 8 * (1 - buffer));
-      }
-      if ((number + ahead) % C::groups == unsigned(group) && (more || t + ahead < p.tiles)) {
-        const bool wraps = slot + ahead >= ring, of_next = t + ahead >= p.tiles;
-        const int to = wraps ? slot + ahead - ring : slot + ahead;
-        mbarrier_wait(base + C::empty + 8 * to, phase ^ wraps ^ 1);
-        fetch_tile(of_next ? 1 - buffer : buffer, of_next ? t + ahead - p.tiles : t + ahead, to);
-      }
-      if (more && t == least(1 + group, p.tiles - 2)) {
-        mbarrier_wait(base + C::keys_empty + 8 * (1 - buffer), ((n + 1) >> 1) ^ 1);
-        fetch_keys(1 - buffer);
-        cp_async_commit();
-      }
-
+      fetch();
       wgmma_wait<0>();
       registers_fence(d_v);
       registers_fence(d_k);
       mbarrier_arrive(base + C::empty + 8 * slot);
-      ++number;
-      if (++slot == ring) slot = 0, phase ^= 1;
-
-      if (t == job) {
-        mbarrier_wait(base + C::ds_full + 8 * group, n);
-        const uint64_t a = matrix_descriptor(job_ds_at, Swizzle::b128, 16, 8 * row_bytes);
-        const uint64_t b = matrix_descriptor(keys_at, Swizzle::b128, 16, 8 * row_bytes);
-        float d_q[D / 2];
-        wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < C::keys / 16; ++i)
-          wgmma<T, D, true, true>(d_q, advance(a, 16 * row_bytes * i), advance(b, 16 * row_bytes * i), i > 0);
-        wgmma_commit();
-        wgmma_wait<0>();
-        registers_fence(d_q);
-        mbarrier_arrive(base + C::ds_empty + 8 * group);
-        leave(d_q, 0, 64 * group + warp % 4 * 16, 0, p.query_rows, p.scale);
-      }
+      go_on(1);
     }
     mbarrier_arrive(base + C::keys_empty + 8 * buffer);
-    leave(d_v, 2, mine, 64 * group, p.key_rows, 1);
-    leave(d_k, 1, mine, 64 * group, p.key_rows, p.scale);
+    leave(d_v, 2, mine, 0, p.key_rows, 1);
+    leave(d_k, 1, mine, 0, p.key_rows, p.scale);
   }
 }
 
