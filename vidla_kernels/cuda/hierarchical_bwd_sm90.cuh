@@ -37,7 +37,7 @@ template <int keys_, int ring_, int ahead_> struct Warpgroups {
   static constexpr int q_at = 4 * table, d_out_after_q = ring * tile_bytes;
   static constexpr int ds_at = q_at + 2 * d_out_after_q;
   static constexpr int p_at = ds_at + slots * table, p_bytes = 16 * Row::bytes;  // P of the other keys, twice
-  static constexpr int stats_at = p_at + 2 * p_bytes, stats = 8 * tile;          // of two rows: lse, lse, delta, delta
+  static constexpr int stats_at = p_at + 2 * p_bytes, stats = 8 * tile;          // of two rows: lse, lse, -delta, -delta
   static constexpr int limits_at = stats_at + ring * stats;                      // keys that a row sees
   static constexpr int items_at = limits_at + ring * 4 * tile, item = 32;        // two for each warp
   static constexpr int full = items_at + warps * 2 * item, empty = full + 8 * ring;  // barriers: of tiles,
@@ -73,11 +73,6 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
   const int thread = thread_index(), warp = warp_index(), group = warp / 4;
   const uint32_t base = shared_base();
 
-  auto in_qkv = [&](const Item& o) { return o.batch * p.qkv_batch + o.head * p.qkv_head; };
-  auto in_d_qkv = [&](const Item& o) { return (int64_t(o.batch) * p.sequence() * 3 * p.heads + o.head) * D; };
-  auto in_out = [&](const Item& o) { return (int64_t(o.batch) * p.sequence() * p.heads + o.head) * D; };
-  auto of_head = [&](const Item& o) { return int64_t(o.batch) * p.heads + o.head; };
-
   if (thread == 0) {
     for (int i = 0; i < ring; ++i) {
       mbarrier_init(base + C::full + 8 * i, 4);
@@ -103,27 +98,33 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
   block_sync();
 
   // The frames at hand and to come, which would take too many registers: each warp keeps its own in shared memory.
+  struct Origin {  // where its tensors begin, in elements; head: of all
+    int64_t in_qkv, in_out;
+    int head, frame;
+  };
   const uint32_t items_at = base + C::items_at + warp * 2 * C::item;
-  auto item_at = [&](int which) {
+  auto origin = [&](int which) {
     const uint32_t at = items_at + which * C::item;
-    return Item{int(load_shared(at)), int(load_shared(at + 4)), int(load_shared(at + 8)), int(load_shared(at + 12)),
-                int(load_shared(at + 16))};
+    auto wide = [](Word2 w) { return int64_t(w.x[0] | uint64_t(w.x[1]) << 32); };
+    const Word2 last = load_shared(at + 16, true);
+    return Origin{wide(load_shared(at, true)), wide(load_shared(at + 8, true)), int(last.x[0]), int(last.x[1])};
   };
   auto keep = [&](int which, const Item& o) {
     const uint32_t at = items_at + which * C::item;
     const bool one = thread % 32 == 0;
+    auto wide = [](int64_t x) { return Word2{{uint32_t(x), uint32_t(x >> 32)}}; };
     warp_sync();
-    store_shared(at, uint32_t(o.unit), one), store_shared(at + 4, uint32_t(o.batch), one);
-    store_shared(at + 8, uint32_t(o.head), one), store_shared(at + 12, uint32_t(o.frame), one);
-    store_shared(at + 16, uint32_t(o.end), one);
+    store_shared(at, wide(o.batch * p.qkv_batch + o.head * p.qkv_head), one);
+    store_shared(at + 8, wide((int64_t(o.batch) * p.sequence() * p.heads + o.head) * D), one);
+    store_shared(at + 16, Word2{{uint32_t(o.batch * p.heads + o.head), uint32_t(o.frame)}}, one);
     warp_sync();
   };
 
   // A warpgroup's rows of K and V.
   auto fetch_keys = [&](int which) {
-    const Item item = item_at(which);
+    const Origin item = origin(which);
     const int index = not_ahead(thread), unit = index % 8;
-    const T* from = static_cast<const T*>(p.qkv) + in_qkv(item) + p.qkv_third + 8 * unit;
+    const T* from = static_cast<const T*>(p.qkv) + item.in_qkv + p.qkv_third + 8 * unit;
     const uint32_t table_at = base + 2 * which * C::table;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -138,10 +139,10 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
 
   // A tile, by one warpgroup: Q and dO, 2 rows by 16 bytes of each a thread.
   auto fetch_tile = [&](int which, int t, int slot) {
-    const Item item = item_at(which);
+    const Origin item = origin(which);
     const int index = not_ahead(thread) & 127, unit = index % 8;
-    const T* q = static_cast<const T*>(p.qkv) + in_qkv(item) + 8 * unit;
-    const T* d_out = static_cast<const T*>(p.d_out) + in_out(item) + 8 * unit;
+    const T* q = static_cast<const T*>(p.qkv) + item.in_qkv + 8 * unit;
+    const T* d_out = static_cast<const T*>(p.d_out) + item.in_out + 8 * unit;
     const uint32_t to = base + C::q_at + slot * C::tile_bytes + C::Row::at(index / 8, unit);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -164,9 +165,9 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
     float lse;
   };
   auto load_rows = [&](OnTheirWay& rows, int which, int t) {
-    const Item item = item_at(which);
+    const Origin item = origin(which);
     const int index = not_ahead(thread) & 127;
-    const T* from = static_cast<const T*>(p.out) + in_out(item) + index % 8 * 8;
+    const T* from = static_cast<const T*>(p.out) + item.in_out + index % 8 * 8;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int query = t * C::tile + 16 * i + index / 8;
@@ -175,7 +176,7 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
     }
     if (warp % 4 == 0) {
       const int query = t * C::tile + (index & 31), token = query < p.query_rows ? p.query_token(item.frame, query) : -1;
-      rows.lse = as_float(load_global<uint32_t>(p.lse + of_head(item) * p.sequence() + token, token >= 0));
+      rows.lse = as_float(load_global<uint32_t>(p.lse + int64_t(item.head) * p.sequence() + token, token >= 0));
       if (token < 0 || (token < p.summary() && !p.frame_visible(item.frame, token))) rows.lse = -minus_infinity;
     }
   };
@@ -198,7 +199,7 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
       delta[0] += shuffle_xor(delta[0], mask);
       delta[1] += shuffle_xor(delta[1], mask);
     }
-    store_shared(in_stats(index / 8 + index % 2 * 16) + 8, as_word(index % 2 ? delta[1] : delta[0]), index % 8 < 2);
+    store_shared(in_stats(index / 8 + index % 2 * 16) + 8, as_word(-(index % 2 ? delta[1] : delta[0])), index % 8 < 2);
     if (warp % 4 == 0) {
       store_shared(in_stats(index & 31), as_word(rows.lse));
     }
@@ -222,7 +223,7 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
   if (group < ahead) finish_tile(first_rows, group);
 
   const int strip_warp = warp % 4 * 16, mine = 64 * group + strip_warp;  // the warp's first key
-  int slot = 0, phase = 0;           // of the ring
+  int slot = 0, phase = 0, turn = 0;  // of the ring; slot % strips
   uint32_t ds_at = base + C::ds_at;  // the slot at hand
   const uint32_t both_ds = 2 * ds_at + C::table;
   int n = -1, buffer = 1, frame = 0;  // the frame's number of all, where its keys are, its number in the clip
@@ -242,6 +243,7 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
     mbarrier_wait(base + C::ds_empty + 8 * (here ? pair - C::slots : pair - C::slots + p.pairs), here ? n : n - 1);
   };
   auto go_on = [&](int by) {
+    turn = turn + 1 == C::strips ? 0 : turn + 1;
     slot += by;
     if (slot == ring) slot = 0, phase ^= 1;
   };
@@ -249,9 +251,9 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
     // 16 rows by 64 columns that a warp has of dQ, dK or dV: rows of d_qkv, or of summary tokens' sums, which are each the
     // same thread's in all frames.
     auto leave = [&](float(&acc)[D / 2], int part, int row0, int begin, int end, float factor) {
-      const Item item = item_at(buffer);
+      const Origin item = origin(buffer);
       const int lane = not_ahead(thread) & 31, g = lane / 4, j = lane % 4;
-      T* to = static_cast<T*>(p.d_qkv) + in_d_qkv(item) + part * p.heads * D;
+      T* to = static_cast<T*>(p.d_qkv) + 3 * item.in_out - item.head % p.heads * (2 * D) + part * p.heads * D;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int row = row0 + 8 * h + not_ahead(g);
@@ -277,7 +279,7 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
         }
       }
       if (!closes) return;
-      const int64_t segment = of_head(item) * p.segments + item.frame / p.segment_frames;
+      const int64_t segment = int64_t(item.head) * p.segments + item.frame / p.segment_frames;
 #pragma unroll 1
       for (int i = 0; i < D / 4; ++i) {  // the segment's sums go out
         const unsigned token = row0 + i % 2 * 8 + g - p.patches, row = part * p.summary() + token, column = i / 2 * 8 + 2 * j;
@@ -289,9 +291,9 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
 
     // The same for 16 keys of the last warpgroup, which has dK and dV transposed: rows are columns, two columns two keys.
     auto leave_rest = [&](float(&acc)[8], int part, float factor) {
-      const Item item = item_at(buffer);
+      const Origin item = origin(buffer);
       const int lane = not_ahead(thread) & 31, g = lane / 4, j = lane % 4;
-      const int64_t segment = of_head(item) * p.segments + frame / p.segment_frames;
+      const int64_t segment = int64_t(item.head) * p.segments + frame / p.segment_frames;
 #pragma unroll
       for (int i = 0; i < 8; i += 2) {
         const int column = strip_warp + i / 2 % 2 * 8 + g, key = C::rest + i / 4 * 8 + 2 * j;
@@ -299,7 +301,7 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
         if (C::rest < p.patches) {  // neighbours trade, so that each has two columns of a key
           const float other = shuffle_xor(g % 2 ? x : y, 4);
           const int its = key + g % 2;
-          T* to = static_cast<T*>(p.d_qkv) + in_d_qkv(item) + part * p.heads * D + column - g % 2;
+          T* to = static_cast<T*>(p.d_qkv) + 3 * item.in_out - item.head % p.heads * (2 * D) + part * p.heads * D + column - g % 2;
           to += int64_t(p.key_token(frame, its)) * 3 * p.heads * D;
           store_global(to, g % 2 ? pack<T>(other, y) : pack<T>(x, other), its < p.patches);
         }
@@ -354,13 +356,13 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
         wgmma_commit();
 
         const int lane = not_ahead(thread) & 31, g = lane / 4, j = lane % 4;
-        float lse[2], delta[2];
+        float lse[2], minus_delta[2];
         int limit[2];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const int row = strip_warp + 8 * h + g, of = slot + row / C::tile, in = row % C::tile;
           const uint32_t at = base + C::stats_at + of * C::stats + in / 2 * 16 + in % 2 * 4;
-          lse[h] = as_float(load_shared(at)), delta[h] = as_float(load_shared(at + 8));
+          lse[h] = as_float(load_shared(at)), minus_delta[h] = as_float(load_shared(at + 8));
           limit[h] = p.key_rows;
           if (64 * pair + row >= p.patches) limit[h] = load_shared(base + C::limits_at + (of * C::tile + in) * 4);
         }
@@ -374,7 +376,7 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
             s[e + c] = key + c < limit[h] ? exp2_fast(s[e + c] * p.scale_log2 - lse[h]) : 0;
-            ds[e + c] = s[e + c] * (ds[e + c] - delta[h]);
+            ds[e + c] = s[e + c] * (ds[e + c] + minus_delta[h]);
           }
           a_p[i] = pack<T>(s[e], s[e + 1]);
           a_ds[i] = pack<T>(ds[e], ds[e + 1]);
@@ -431,7 +433,7 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
 #pragma unroll 1
     for (int t = 0; t < 2 * p.pairs; ++t) {
       const int there = slot + ahead - 1 < ring ? slot + ahead - 1 : slot + ahead - 1 - ring;
-      const bool finishes = there % C::strips == group && (n || t) && (more || t + ahead - 1 < 2 * p.pairs);
+      const bool finishes = turn == (group == C::strips - 1 ? 0 : group + 1) && (n || t) && (more || t + ahead - 1 < 2 * p.pairs);
       const bool last = t + 1 == 2 * p.pairs;
       OnTheirWay rows;
       auto load = [&] {
@@ -448,7 +450,7 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
         }
         const bool wraps = slot + ahead >= ring, of_next = t + ahead >= 2 * p.pairs;
         const int to = wraps ? slot + ahead - ring : slot + ahead;
-        if (to % C::strips == group && (more || !of_next)) {
+        if (turn == group && (more || !of_next)) {
           mbarrier_wait(base + C::empty + 8 * to, phase ^ wraps ^ 1);
           fetch_tile(of_next ? 1 - buffer : buffer, of_next ? t + ahead - 2 * p.pairs : t + ahead, to);
         }
@@ -470,18 +472,24 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
       const uint64_t k = matrix_descriptor(keys_at + 64 * group * row_bytes, Swizzle::b128, 16, 8 * row_bytes);
       const uint64_t q = matrix_descriptor(base + C::q_at + slot * C::tile_bytes, Swizzle::b128, 16, 8 * row_bytes);
       const uint64_t v = advance(k, C::table), d_out = advance(q, C::d_out_after_q);
+      const int lane = not_ahead(thread) & 31, g = lane / 4, j = lane % 4;
+      const uint32_t stats_at = base + C::stats_at + slot * C::stats + 16 * j;
       float s[C::tile / 2], ds[C::tile / 2];
+#pragma unroll
+      for (int i = 0; i < C::tile / 8; ++i) {
+        const Word2 minus_delta = load_shared(stats_at + 64 * i + 8, true);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) ds[4 * i + e] = as_float(minus_delta.x[e % 2]);
+      }
       wgmma_fence();
 #pragma unroll
       for (int d = 0; d < D / 16; ++d) wgmma<T, C::tile, false, false>(s, advance(k, 32 * d), advance(q, 32 * d), d > 0);
       wgmma_commit();
 #pragma unroll
-      for (int d = 0; d < D / 16; ++d) wgmma<T, C::tile, false, false>(ds, advance(v, 32 * d), advance(d_out, 32 * d), d > 0);
+      for (int d = 0; d < D / 16; ++d) wgmma<T, C::tile, false, false>(ds, advance(v, 32 * d), advance(d_out, 32 * d), true);
       wgmma_commit();
 
       load();
-      const int lane = not_ahead(thread) & 31, g = lane / 4, j = lane % 4;
-      const uint32_t stats_at = base + C::stats_at + slot * C::stats + 16 * j;
       wgmma_wait<1>();
       registers_fence(s);
 #pragma unroll
@@ -505,12 +513,11 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
       uint32_t a_p[C::tile / 16][4], a_ds[C::tile / 16][4];
 #pragma unroll
       for (int i = 0; i < C::tile / 8; ++i) {
-        const Word2 delta = load_shared(stats_at + 64 * i + 8, true);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           float *x = s + 4 * i + 2 * h, *y = ds + 4 * i + 2 * h;
 #pragma unroll
-          for (int e = 0; e < 2; ++e) y[e] = x[e] * (y[e] - as_float(delta.x[e]));
+          for (int e = 0; e < 2; ++e) y[e] *= x[e];
           a_p[i / 2][i % 2 * 2 + h] = pack<T>(x[0], x[1]);
           a_ds[i / 2][i % 2 * 2 + h] = pack<T>(y[0], y[1]);
         }
@@ -527,13 +534,9 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
       if (t % 2 == 0) await_ds_empty(t / 2);
       if (mine < p.key_rows) {
         if (mine + 16 <= p.key_rows) {
-          // Row of matrix lane / 8: queries 8 * (lane / 8) on, keys of one half.
-          const uint32_t to = ds_at + C::Row::at(mine + lane % 8, t % 2 * 4 + lane / 8);
+          const uint32_t to = ds_at + C::Row::at(mine + lane % 16, t % 2 * 4 + lane / 16);  // matrices: 8 keys by 8 queries
 #pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const uint32_t words[4] = {a_ds[0][h], a_ds[0][2 + h], a_ds[1][h], a_ds[1][2 + h]};
-            stmatrix_x4(to + 8 * h * row_bytes, words);
-          }
+          for (int i = 0; i < C::tile / 16; ++i) stmatrix_x4(C::Row::along(to, 2 * i), a_ds[i]);
         } else {
           const uint32_t to = ds_at + C::Row::at(mine + g, t % 2 * 4) + 4 * j;
 #pragma unroll
