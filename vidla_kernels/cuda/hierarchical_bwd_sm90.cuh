@@ -481,6 +481,7 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
 #pragma unroll
         for (int e = 0; e < 4; ++e) ds[4 * i + e] = as_float(minus_delta.x[e % 2]);
       }
+      registers_fence(ds);
       wgmma_fence();
 #pragma unroll
       for (int d = 0; d < D / 16; ++d) wgmma<T, C::tile, false, false>(s, advance(k, 32 * d), advance(q, 32 * d), d > 0);
