@@ -227,11 +227,11 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
   uint32_t ds_at = base + C::ds_at;  // the slot at hand
   const uint32_t both_ds = 2 * ds_at + C::table;
   int n = -1, buffer = 1, frame = 0;  // the frame's number of all, where its keys are, its number in the clip
-  bool opens, closes, more = true;    // a segment; whether there is a frame to come
+  bool opens, closes = true, more = true;  // a segment; whether there is a frame to come
   uint32_t keys_at;
   auto begin_frame = [&] {
     ++n, buffer = n & 1, frame = item.frame;
-    opens = frame % p.segment_frames == 0, closes = frame + 1 == item.end;
+    opens = closes, closes = frame + 1 == item.end;
     item = item.next(p);
     keep(1 - buffer, item);
     more = item.unit < p.units();
@@ -293,7 +293,6 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
     auto leave_rest = [&](float(&acc)[8], int part, float factor) {
       const Origin item = origin(buffer);
       const int lane = not_ahead(thread) & 31, g = lane / 4, j = lane % 4;
-      const int64_t segment = int64_t(item.head) * p.segments + frame / p.segment_frames;
 #pragma unroll
       for (int i = 0; i < 8; i += 2) {
         const int column = strip_warp + i / 2 % 2 * 8 + g, key = C::rest + i / 4 * 8 + 2 * j;
@@ -311,9 +310,18 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
           const bool summary = token >= 0 && key + which < p.key_rows;
           const uint32_t at = base + C::in_sums(row, token, column);
           const float sum = (which ? y : x) + (summary && !opens ? as_float(load_shared(at)) : 0);
-          if (!closes) store_shared(at, as_word(sum), summary);
-          else store_global(p.partials + (segment * 3 * p.summary() + row) * D + column, as_word(sum), summary);
+          store_shared(at, as_word(sum), summary);
         }
+      }
+      if (!closes) return;
+      const int64_t segment = int64_t(item.head) * p.segments + frame / p.segment_frames;
+#pragma unroll 1
+      for (int i = 0; i < 8; ++i) {  // the segment's sums go out
+        const int column = strip_warp + i / 2 % 2 * 8 + g, token = C::rest + i / 4 * 8 + 2 * j + (i % 2 ^ j / 2) - p.patches;
+        const int row = part * p.summary() + token;
+        const bool summary = token >= 0 && token < p.key_rows - p.patches;
+        const uint32_t sum = summary ? load_shared(base + C::in_sums(row, token, column)) : 0;
+        store_global(p.partials + (segment * 3 * p.summary() + row) * D + column, sum, summary);
       }
     };
 
@@ -355,7 +363,7 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
         for (int d = 0; d < D / 16; ++d) wgmma<T, 16, false, false>(ds, advance(d_out, 32 * d), advance(v, 32 * d), d > 0);
         wgmma_commit();
 
-        const int lane = not_ahead(thread) & 31, g = lane / 4, j = lane % 4;
+        const int lane = thread & 31, g = lane / 4, j = lane % 4;
         float lse[2], minus_delta[2];
         int limit[2];
 #pragma unroll
