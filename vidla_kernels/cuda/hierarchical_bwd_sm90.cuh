@@ -123,17 +123,18 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
   // A warpgroup's rows of K and V.
   auto fetch_keys = [&](int which) {
     const Origin item = origin(which);
-    const int index = not_ahead(thread), unit = index % 8;
+    const int index = not_ahead(thread), unit = index % 8, first = 64 * group + index / 8 % 16;
+    const uint32_t to = base + 2 * which * C::table + C::Row::at(first, unit);
     const T* from = static_cast<const T*>(p.qkv) + item.in_qkv + p.qkv_third + 8 * unit;
-    const uint32_t table_at = base + 2 * which * C::table;
+    const T* k = from + p.key_token(item.frame, first) * p.qkv_token;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if (i && group == C::strips) break;
-      const int key = 64 * group + 16 * i + index / 8 % 16;
-      const bool active = key < p.key_rows;
-      const T* k = from + p.key_token(item.frame, active ? key : 0) * p.qkv_token;
-      cp_async_16(table_at + C::Row::at(key, unit), k, true, active);
-      cp_async_16(table_at + C::Row::at(key, unit) + C::table, k + p.qkv_third, true, active);
+      const int key = first + 16 * i;
+      if (i) k += 16 * p.qkv_token;
+      if (key >= p.patches) k = from + p.key_token(item.frame, key) * p.qkv_token;
+      cp_async_16(to + 16 * i * row_bytes, k, true, key < p.key_rows);
+      cp_async_16(to + 16 * i * row_bytes + C::table, k + p.qkv_third, true, key < p.key_rows);
     }
   };
 
