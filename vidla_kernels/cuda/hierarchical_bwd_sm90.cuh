@@ -164,6 +164,7 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
   struct OnTheirWay {
     Word4 out[2];
     float lse;
+    bool hidden;  // sees nothing here
   };
   auto load_rows = [&](OnTheirWay& rows, int which, int t) {
     const Origin item = origin(which);
@@ -178,7 +179,7 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
     if (warp % 4 == 0) {
       const int query = t * C::tile + (index & 31), token = query < p.query_rows ? p.query_token(item.frame, query) : -1;
       rows.lse = as_float(load_global<uint32_t>(p.lse + int64_t(item.head) * p.sequence() + token, token >= 0));
-      if (token < 0 || (token < p.summary() && !p.frame_visible(item.frame, token))) rows.lse = -minus_infinity;
+      rows.hidden = token < 0 || (token < p.summary() && !p.frame_visible(item.frame, token));
     }
   };
   auto finish_tile = [&](const OnTheirWay& rows, int slot) {
@@ -202,7 +203,7 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
     }
     store_shared(in_stats(index / 8 + index % 2 * 16) + 8, as_word(-(index % 2 ? delta[1] : delta[0])), index % 8 < 2);
     if (warp % 4 == 0) {
-      store_shared(in_stats(index & 31), as_word(rows.lse));
+      store_shared(in_stats(index & 31), as_word(rows.hidden ? -minus_infinity : rows.lse));
     }
     fence_async();
     mbarrier_arrive(base + C::full + 8 * slot);
