@@ -5,10 +5,11 @@
 
 As many blocks as fit are resident, a quarter of the multiprocessor issues one instruction a cycle, units are held as long
 as the public rates say, latencies of fixed length are those that the assembler wrote into the code and the others the
-constants below, none of which was fitted to a timing. Block barriers and mbarriers hold warps as they do on the machine, a
-phase of an mbarrier being over when every warp that arrives at it has, once. Not modelled: TMA, named barriers, bank
-conflicts, instruction cache, gaps between launches, cache misses beyond `dram_bytes`. docs/kernels.md has the table of
-estimates beside measured times.
+constants below, none of which was fitted to a timing. Barriers of a block or of some of its warps and mbarriers hold warps
+as they do on the machine, a phase of an mbarrier being over when every warp that arrives at it has, once. What wgmma reads in
+shared memory passes through the same 128 bytes a clock as everything else there. Not modelled: TMA, bank conflicts,
+instruction cache, gaps between launches, cache misses beyond `dram_bytes`. docs/kernels.md has the table of estimates beside
+measured times.
 
 Constants. NVIDIA A100 and H100 whitepapers: multiprocessors, clocks, registers and shared memory, dense bf16 rate (312 and
 989 TFLOP/s), memory bandwidth; width of L2, 5120 bytes a clock (A100's, taken for both). CUDA C++ Programming Guide,
@@ -52,6 +53,7 @@ ACHIEVABLE = {"dram": 0.90, "l2": 0.75}  # share of the peak that a good copy ge
 L2_WIDTH = 5120  # bytes a clock, all multiprocessors together
 LATENCY = {"mufu": 24, "shfl": 24, "lds": 30, "bar": 20, "wgmma": 30, "sreg": 20, "fence": 20}
 LATENCY |= {"sts": 20, "stg": 20, "cvt": 12, "spill": 40}  # cycles; what is not listed: 6
+ARRIVALS = ("arrive", "copies")  # events that count for an mbarrier
 LAUNCH = 200  # cycles between the end of a block and the first instruction of the next in its place
 
 
@@ -119,12 +121,14 @@ class _Mbarrier:
 
 class _Warp:
     __slots__ = ("block", "copies", "held", "issued", "mma", "part", "path", "pc", "pending", "ready", "scoreboards", "setters")
-    __slots__ += ("barriers", "index", "time", "why")
+    __slots__ += ("barriers", "index", "meets", "time", "why")
 
     def __init__(self, block: int, part: int, path: list, time: float, barriers: dict, index: int) -> None:
         self.block, self.part, self.path, self.time = block, part, path, time
         self.barriers, self.index = barriers, index
-        self.pc, self.pending, self.held = 0, 0.0, False  # held: waits for the other warps of its block
+        self.pc, self.held = 0, False  # held: waits for the other warps of its block,
+        self.meets = 0  # or for so many of them at this barrier's number
+        self.pending = {"ldgsts": 0.0, "wgmma": 0.0}  # when the last of each is there
         self.scoreboards = [0.0] * 6
         self.setters = [""] * 6  # kinds of the instructions that set them
         self.issued = time
@@ -186,8 +190,8 @@ def replay(
     members = [[priced(p) for p in (block[: warps // 4] if same else block)] for block in blocks]
     arrivers = [
         {
-            at: [w for w, path in enumerate(block) if any(e and e[0] != "wait" and e[1] == at for *_, e in path)]
-            for at in {e[1] for path in block for *_, e in path if e and e[0] != "wait"}
+            at: [w for w, path in enumerate(block) if any(e and e[0] in ARRIVALS and e[1] == at for *_, e in path)]
+            for at in {e[1] for path in block for *_, e in path if e and e[0] in ARRIVALS}
         }
         for block in members
     ]
@@ -249,24 +253,27 @@ def replay(
         for board, until in ((x.sets, done), (x.reads, now + busy + LATENCY["sts"])):
             if board < 6 and until > w.scoreboards[board]:
                 w.scoreboards[board], w.setters[board] = until, x.kind
-        if x.kind in ("ldgsts", "wgmma"):
-            w.pending = max(w.pending, done)
+        if x.kind in w.pending:
+            w.pending[x.kind] = max(w.pending[x.kind], done)
         if x.kind == "wgmma" and "gsb" in x.args:
-            w.mma.append(w.pending)
+            w.mma.append(w.pending["wgmma"])
         elif x.op == "LDGDEPBAR":
-            w.copies.append(w.pending)
-        if event and event[0] != "wait" and event[1] in w.barriers:
-            w.barriers[event[1]].arrived[w.index].append(max(now, w.pending) if event[0] == "copies" else now)
+            w.copies.append(w.pending["ldgsts"])
+        if event and event[0] in ARRIVALS and event[1] in w.barriers:
+            w.barriers[event[1]].arrived[w.index].append(max(now, w.pending["ldgsts"]) if event[0] == "copies" else now)
             for v in live:
                 if v.block == w.block and v.ready == math.inf and v is not w:
                     v.settle()
         w.time = now + max(1, x.stall)
         w.pc += 1
         over = w.pc == len(w.path)
-        if x.op.startswith("BAR.SYNC") or over:  # here the warps of a block wait for each other
+        if x.op.startswith("BAR.SYNC") or over:  # here the warps of a block, or some of them, wait for each other
             w.held, w.time = True, w.time + LATENCY["bar"]
-            mates = [v for v in live if v.block == w.block]
-            if all(v.held for v in mates):
+            some = event and event[0] == "sync" and event[1]
+            w.meets = event[1] if some else 0
+            mates = [v for v in live if v.block == w.block and (not some or (v.held and v.meets == w.meets))]
+            wanted = event[2] // 32 * len(members[w.block % len(members)]) // warps if some else len(mates)
+            if len(mates) == wanted and all(v.held and v.meets == w.meets for v in mates):
                 meet = max(v.time for v in mates)
                 if all(v.pc == len(v.path) for v in mates):
                     ended.append(meet)

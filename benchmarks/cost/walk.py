@@ -29,7 +29,8 @@ LONGEST = 400_000  # instructions of one warp
 @dataclass
 class Path:
     """What one warp executes, in order; `off` holds the positions of memory instructions whose predicate was false, `events`
-    by position what happens to mbarriers: ("arrive" | "copies" | "wait", shared address, parity waited for)."""
+    by position what happens to mbarriers: ("arrive" | "copies" | "wait", shared address, parity waited for), and to barriers
+    of some of a block's warps: ("sync", number, threads)."""
 
     code: list[Instruction] = field(default_factory=list)
     off: set[int] = field(default_factory=set)
@@ -46,8 +47,8 @@ class Path:
         return sum(x.size for i, x in enumerate(self.code) if CLASS_OF[x.kind] == "global" and i not in self.off)
 
 
-def _mbarrier(x: Instruction, thread: Thread) -> tuple[str, Value, Value] | None:
-    """What an instruction does to an mbarrier, if anything."""
+def _barrier(x: Instruction, thread: Thread) -> tuple[str, Value, Value] | None:
+    """What an instruction does to an mbarrier, or to a barrier of some warps, if anything."""
     args = [a.strip() for a in x.args.split(",")]
     if x.op.startswith(("SYNCS.ARRIVE", "ATOMS.ARRIVE")):
         return "arrive", address(args[1], thread), None
@@ -56,6 +57,8 @@ def _mbarrier(x: Instruction, thread: Thread) -> tuple[str, Value, Value] | None
     if x.op.startswith("SYNCS.PHASECHK"):
         parity = reader(args[2])(thread)
         return "wait", address(args[1], thread), None if parity is None else parity >> 31
+    if x.op.startswith("BAR.SYNC") and len(args) > 1:
+        return "sync", reader(args[0])(thread), reader(args[1])(thread)
     return None
 
 
@@ -92,7 +95,7 @@ def walk(kernel: Kernel, launch: Launch, block: int = 0, warp: int = 0) -> Path:
         if guard == 0 and x.size:
             path.off.add(len(path.code) - 1)
         op = x.op.split(".")[0]
-        if op in ("SYNCS", "ATOMS", "ARRIVES") and guard != 0 and (event := _mbarrier(x, thread)):
+        if op in ("SYNCS", "ATOMS", "ARRIVES", "BAR") and guard != 0 and (event := _barrier(x, thread)):
             path.events[len(path.code) - 1] = event
         if op in ("BRA", "CALL", "RET", "EXIT", "BRX", "JMP"):
             for extra in (a.strip() for a in x.args.split(",")):  # a second predicate: BRA P1, 0x...

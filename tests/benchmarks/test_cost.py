@@ -43,6 +43,21 @@ def test_products_of_an_instruction(op, macs):
     assert sass.Instruction(0, "", op, "", 1, 7, 7, 0, kind, 0).macs == macs
 
 
+@pytest.mark.parametrize(
+    ("op", "args", "bytes_"),
+    [
+        ("HGMMA.64x104x16.F32.BF16", "R24, gdesc[UR24], RZ, !UPT", (64 + 104) * 16 * 2 / 4),
+        ("HGMMA.64x64x16.F32.BF16", "R24, R176, gdesc[UR20].tnspB, R24", 64 * 16 * 2 / 4),
+        ("HGMMA.64x32x8.F32.TF32", "R24, gdesc[UR4], R24, gsb0", (64 + 32) * 8 * 4 / 4),
+        ("HMMA.16816.F32.BF16", "R4, R8, R12, R4", 0),
+    ],
+)
+def test_what_a_product_reads_in_shared_memory(op, args, bytes_):
+    kind = "wgmma" if op.startswith("HG") else "hmma"
+    x = sass.Instruction(0, "", op, args, 1, 7, 7, 0, kind, 0)
+    assert x.shared_operands == bytes_
+
+
 # walk
 
 
@@ -100,6 +115,43 @@ def test_an_estimate_grows_with_work_and_is_never_below_a_bound():
     assert "an estimate" in str(few)
     assert sum(few.waits.values()) == pytest.approx(1)
     assert few == replay.estimate(TINY, launch_tiny(100, 1, grid=4000), dram_bytes=1e6, l2_bytes=1e6)
+
+
+def path_of(*code: tuple[str, str, str], events: dict[int, tuple] | None = None) -> walk.Path:
+    """A path of instructions (name, operands, kind) that could follow each other at once, and what happens at some of them."""
+    instructions = [sass.Instruction(16 * i, "", op, args, 1, 7, 7, 0, kind, 0) for i, (op, args, kind) in enumerate(code)]
+    return walk.Path(instructions, events=events or {})
+
+
+def cycles(*warps: walk.Path) -> float:
+    return replay.replay([warps], replay.GPUS[90], fit=1, per_sm=1, miss=1.0, cycles_a_byte=0.0)[0]
+
+
+def test_a_barrier_of_some_warps_holds_those_alone():
+    work, meet, end = (
+        [("MUFU.EX2", "R0, R0", "mufu")] * 100,
+        ("BAR.SYNC.DEFER_BLOCKING", "R1, 0x40", "bar"),
+        ("EXIT", "", "ctrl"),
+    )
+    thread = walk.Thread(TINY, launch_tiny(1, 1), 0, 0)
+    thread.registers["R1"] = 3
+    event = walk._barrier(sass.Instruction(0, "", *meet[:2], 1, 7, 7, 0, meet[2], 0), thread)
+    assert event == ("sync", 3, 64)
+    late, early = path_of(*work, meet, end, events={100: event}), path_of(meet, *work, end, events={0: event})
+    free = path_of(*work, end)
+    alone = cycles(free)
+    assert 1.9 * alone < cycles(late, early, free) < 2.2 * alone
+    assert cycles(late, late, free) < 1.2 * alone
+
+
+def test_a_product_does_not_wait_for_copies():
+    product = ("HGMMA.64x64x16.F32.BF16", "R24, gdesc[UR4], RZ, !UPT, gsb0", "wgmma")
+    wait, end = ("WARPGROUP.DEPBAR.LE", "gsb0, 0x0", "wait"), ("EXIT", "", "ctrl")
+    copy = ("LDGSTS.E.128", "[R2], [R4.64]", "ldgsts")
+    assert cycles(path_of(copy, product, wait, end)) < 100 < replay.GPUS[90].latency_dram
+    assert (
+        cycles(path_of(copy, ("LDGDEPBAR", "", "wait"), ("DEPBAR.LE", "SB0, 0x0", "wait"), end)) > replay.GPUS[90].latency_dram
+    )
 
 
 def test_an_mbarriers_phase_ends_with_its_last_warp():

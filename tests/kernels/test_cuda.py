@@ -68,6 +68,36 @@ def test_every_tiling_errs_at_most_twice_torchs_own_attention(head_dim, layout, 
         check(ours, dense, gold, layout.num_summary, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", [TokenLayout(2, 49), TokenLayout(2, 196), TokenLayout(2, 256), TokenLayout(1, 270)], ids=str)
+def test_on_an_h100_the_forward_multiplies_by_wgmma_where_a_frames_keys_fit(layout, dtype, device, seed, monkeypatch):
+    qkv, grad = Case(layout, heads=1, dtype=dtype, magnitude=3.0).draw("hierarchical", device)
+    if device.type == "cpu":
+        monkeypatch.setenv("VIDLA_EMULATE_ARCH", "80")
+        assert "wgmma" not in tiling(qkv, layout)
+        monkeypatch.setenv("VIDLA_EMULATE_ARCH", "90")
+    if device.type == "cpu" or torch.cuda.get_device_capability()[0] == 9:
+        assert ("wgmma" in tiling(qkv, layout)) == (layout.patches <= 256)
+    gold = run("hierarchical", qkv.double(), grad.double(), layout, "reference")
+    ours = Parts(cuda_binding.forward(qkv, layout, 0.125)[0], gold.d_qkv.to(dtype))
+    check(ours, dense_runs("hierarchical", qkv, grad, layout), gold, layout.num_summary, dtype)
+
+
+def tiling(qkv, layout) -> str:
+    """What the forward of these tensors runs by default, in words."""
+    return cuda_binding.variants("forward", qkv.shape[-1], qkv.device)[cuda_binding.choice("forward", qkv, layout)]
+
+
+@emulated
+def test_a_tiling_for_h100_is_refused_elsewhere(monkeypatch):
+    monkeypatch.setenv("VIDLA_EMULATE_ARCH", "80")
+    qkv = torch.zeros(1, B32.seq_len, 3, 1, 64, dtype=torch.float16)
+    for number, words in cuda_binding.variants("forward", 64, qkv.device).items():
+        if "wgmma" in words:
+            with pytest.raises(RuntimeError, match=r"compute capability 9\.x"):
+                cuda_binding.forward(qkv, B32, 0.125, number)
+
+
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_the_order_of_warps_changes_no_bit(head_dim, device, seed, monkeypatch):
     """Emulated, warps take their turns in another order; on a GPU, the second run schedules them as it likes."""

@@ -78,13 +78,18 @@ def sound() -> list[Sound]:
             found.append(Sound(case, qkv, grad, gold, dense, out, lse, d_qkv, {}))
             for name in cuda_binding.PASSES:
                 for variant in variants(name, case):
-                    found[-1].attend(name, variant)
+                    try:
+                        found[-1].attend(name, variant)
+                    except RuntimeError as error:  # asked for by number, a tiling may be too small for a frame
+                        if "shared memory" not in str(error):
+                            raise
+                        continue
                     found[-1].counts[name, variant] = cuda_emulate.last_report
     return found
 
 
 def sources(broken: Break) -> dict[str, str]:
-    """The files of which one kernel's library is made."""
+    """The files of which one kernel's library is made. The broken text is in those for H100 alone, or in the others."""
     names = [path.name for path in cuda_emulate.SOURCES.iterdir() if path.suffix in (".h", ".cuh")]
     names += [f"hierarchical_{'fwd' if broken.kernel == 'forward' else 'bwd'}.cu", "library.cu"]
     return {name: (cuda_emulate.SOURCES / name).read_text() for name in names}
@@ -99,7 +104,8 @@ def libraries(tmp_path_factory) -> dict[Break, Path]:
         broken, folder = CHOSEN[number], scratch / str(number)
         folder.mkdir()
         for name, text in sources(broken).items():
-            text = text.replace(broken.old, broken.new)
+            if broken.hopper == name.endswith("_sm90.cuh"):
+                text = text.replace(broken.old, broken.new)
             (folder / name).write_text(re.sub(r"\b(dispatch|run)<fp16\b", r"\1<bf16", text))  # half as much to compile
         cuda_emulate.compile_library(folder, folder / "broken.so", ("-O0",), processes=1)
         return folder / "broken.so"
@@ -111,7 +117,8 @@ def libraries(tmp_path_factory) -> dict[Break, Path]:
 def test_every_break_has_its_place():
     """A break that no longer finds its text tests nothing."""
     for broken in BREAKS:
-        places = sum(text.count(broken.old) for text in sources(broken).values())
+        mine = [text for name, text in sources(broken).items() if broken.hopper == name.endswith("_sm90.cuh")]
+        places = sum(text.count(broken.old) for text in mine)
         assert places == 1, f"{broken.kernel}, {broken.what}: its text stands {places} times in the sources"
 
 

@@ -100,6 +100,12 @@ def test_every_tiling_is_compiled_and_none_spills(arch, built):
     assert not spilled, "\n".join(f"{name}: {said}" for name, said in spilled.items())
 
 
+def test_no_product_of_a_warpgroup_waits_for_itself(built):
+    """ptxas says so where it cannot leave a wgmma under way (C7510 to C7514), or mends its fences and waits (C7517, C7519)."""
+    said = [line for line in built.log.splitlines() if re.search(r"C75\d\d|wgmma.*serialized|warpgroup\.\w+ is injected", line)]
+    assert not said, "\n".join(said)
+
+
 def test_later_gpus_find_ptx(built):
     if (program := cuobjdump()) is None:
         pytest.skip("cuobjdump was not found; it comes with the CUDA toolkit and with Triton")

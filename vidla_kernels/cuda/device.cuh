@@ -244,11 +244,11 @@ constexpr bool has_wgmma = false;
 //           further on; 8 k have that pitch, the next 8 begin `stride_bytes` further on. Without swizzle the two change places.
 // The swizzle exchanges units within 128, 64 or 32 bytes by the address bits above (7-9, 7-8, 7), so that what lies as
 // Rows<64> of hierarchical.cuh is b128, from a multiple of 1024 bytes.
-VIDLA_DEVICE uint64_t matrix_descriptor(uint32_t at, Swizzle swizzle, int leading_bytes, int stride_bytes) {
+VIDLA_HOST_DEVICE uint64_t matrix_descriptor(uint32_t at, Swizzle swizzle, int leading_bytes, int stride_bytes) {
   return (at & 0x3ffff) >> 4 | uint64_t(leading_bytes >> 4 & 0x3fff) << 16 | uint64_t(stride_bytes >> 4 & 0x3fff) << 32 |
          uint64_t(4 - int(swizzle) & 3) << 62;
 }
-VIDLA_DEVICE uint64_t advance(uint64_t descriptor, int bytes) { return descriptor + (bytes >> 4); }
+VIDLA_HOST_DEVICE uint64_t advance(uint64_t descriptor, int bytes) { return descriptor + (bytes >> 4); }
 
 // n, its n / 2 accumulators as text, numbers of the operands behind them, the accumulators as operands.
 #define VIDLA_D2(t) "%" #t "0, %" #t "1"
@@ -303,8 +303,10 @@ VIDLA_DEVICE uint64_t advance(uint64_t descriptor, int bytes) { return descripto
   V(216, VIDLA_T10 VIDLA_D8(10), 108, 109, 110, 111, 112, 113, 114, VIDLA_F64(0), VIDLA_F32(64), VIDLA_F8(96), VIDLA_F4(104)) \
   V(224, VIDLA_T11 VIDLA_D2(11), 112, 113, 114, 115, 116, 117, 118, VIDLA_F64(0), VIDLA_F32(64), VIDLA_F16(96)) \
   V(232, VIDLA_T11 VIDLA_D6(11), 116, 117, 118, 119, 120, 121, 122, VIDLA_F64(0), VIDLA_F32(64), VIDLA_F16(96), VIDLA_F4(112)) \
-  V(240, VIDLA_T11 VIDLA_D10(11), 120, 121, 122, 123, 124, 125, 126, VIDLA_F64(0), VIDLA_F32(64), VIDLA_F16(96), VIDLA_F8(112)) \
-  V(248, VIDLA_T12 VIDLA_D4(12), 124, 125, 126, 127, 128, 129, 130, VIDLA_F64(0), VIDLA_F32(64), VIDLA_F16(96), VIDLA_F8(112), VIDLA_F4(120)) \
+  V(240, VIDLA_T11 VIDLA_D10(11), \
+    120, 121, 122, 123, 124, 125, 126, VIDLA_F64(0), VIDLA_F32(64), VIDLA_F16(96), VIDLA_F8(112)) \
+  V(248, VIDLA_T12 VIDLA_D4(12), \
+    124, 125, 126, 127, 128, 129, 130, VIDLA_F64(0), VIDLA_F32(64), VIDLA_F16(96), VIDLA_F8(112), VIDLA_F4(120)) \
   V(256, VIDLA_T12 VIDLA_D8(12), 128, 129, 130, 131, 132, 133, 134, VIDLA_F64(0), VIDLA_F64(64))
 
 template <class T> constexpr bool is_bf16 = false;

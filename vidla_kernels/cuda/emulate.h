@@ -5,10 +5,10 @@
 // What it is strict about, beyond the values:
 //   shared memory   starts as NaN; reading what nobody wrote is an error, as is any access outside the allocation
 //   cp.async        lands at the wait_group that covers it, not before; touching its destination earlier is an error
-//   wgmma           is computed at the wait that covers it, from descriptors decoded bit by bit and shared memory as it is then.
-//                   Until then the accumulators hold a NaN; writing them, registers that are an operand, or shared memory
-//                   that a descriptor tells of, is an error, and so are a fence, commit or wait that is missing, operands that
-//                   were not made visible by fence_async, and warps of a warpgroup that issue different products
+//   wgmma           is computed at the wait that covers it, from descriptors decoded bit by bit and shared memory as it is
+//                   then. Until then accumulators hold a NaN; writing them, registers that are an operand, or shared memory
+//                   that a descriptor tells of, is an error, and so are a fence, commit or wait that is missing, operands
+//                   that no fence_async made visible, and warps of a warpgroup that issue different products
 //   races           each 4-byte word remembers its last writer and reader as (thread, barriers passed, warp syncs
 //                   passed); an access that no block_sync, or warp_sync inside a warp, puts after those is an error
 //   global memory   accesses outside a watched buffer are errors, and so is what one block writes and another one of
@@ -231,7 +231,7 @@ struct Worker {
   int threads = 0, block = 0, warps_waiting = 0;
   uint32_t epoch = 0, time = 0;
   std::map<int, int> named;  // barrier -> warps that wait at it
-  std::map<int, std::vector<std::array<uint64_t, 3>>> products;  // of each warpgroup, in order: a, b, shape
+  std::map<int, std::vector<std::array<uint64_t, 3>>> products;  // what each warpgroup does, in order: a, b, shape; or a wait
   int64_t copies = 0;
   Counters count;
 };
@@ -490,7 +490,7 @@ inline void run_block(Worker& k, int block, int shared) {
   if (!way) resume(k.warps[k.order[0]]->lanes[0]);
   for (const auto& w : k.warps)
     if (way == 1 && w->wgmmas_issued != k.warps[w->index / 4 * 4]->wgmmas_issued)
-      error("wgmma", "warps of a warpgroup issue different numbers of products, block " + std::to_string(block));
+      error("wgmma", "warps of a warpgroup end after different numbers of products and waits, block " + std::to_string(block));
 }
 
 inline void run(const char* kernel_name, int blocks, int threads, int shared, const std::function<void()>& kernel) {
@@ -931,7 +931,8 @@ inline void operands(const Warp& w, const Wgmma& x, int by) {
       if (by < 0) s.read_warp = s.read_epoch < worker->epoch || s.read_warp == w.index ? uint16_t(w.index) : Word::several;
       if (by < 0) s.reader = Word::several, s.read_epoch = worker->epoch, s.read_syncs = w.syncs;
     }
-    if (!visible) error("no fence_async between a write and wgmma", "of byte " + std::to_string(at) + ", " + place(*worker->lane));
+    if (!visible)
+      error("no fence_async between a write and wgmma", "of byte " + std::to_string(at) + ", " + place(*worker->lane));
   };
   if (x.a_shared) Matrix(x.a, x.a_mn).units(64, see);
   Matrix(x.b, x.b_mn).units(x.n, see);
@@ -940,17 +941,22 @@ inline void operands(const Warp& w, const Wgmma& x, int by) {
 inline int row_of(int l, int e) { return l / 4 + e / 2 % 2 * 8; }
 inline int column_of(int l, int e) { return e / 4 * 8 + l % 4 * 2 + e % 2; }
 
+// wgmma and its fences, commits and waits are for all warps of a warpgroup, which must not part ways.
+inline void same_in_warpgroup(Warp& w, const std::array<uint64_t, 3>& mine) {
+  auto& all = worker->products[w.index / 4];
+  if (w.wgmmas_issued == all.size()) all.push_back(mine);
+  else if (all[w.wgmmas_issued] != mine)
+    error("wgmma", "differs from that of another warp of its warpgroup, " + place(*worker->lane));
+  ++w.wgmmas_issued;
+}
+
 inline void issue(Warp& w, Wgmma x) {
   const std::string here = place(*worker->lane);
   if (architecture() / 10 != 9) error("wgmma", "on a GPU that has none, " + here);
   if (w.index / 4 * 4 + 4 > int(worker->warps.size())) abandon_block("wgmma", here + " is of no whole warpgroup");
   if (!w.wgmma_fenced) error("wgmma without a wgmma_fence since the last wait", here);
-  auto& products = worker->products[w.index / 4];
   const uint64_t shape = uint64_t(x.n) << 4 | x.a_shared << 3 | x.a_mn << 2 | x.b_mn << 1 | x.accumulate;
-  const std::array<uint64_t, 3> mine = {x.a_shared ? x.a : 0, x.b, shape};
-  if (w.wgmmas_issued == products.size()) products.push_back(mine);
-  else if (products[w.wgmmas_issued] != mine) error("wgmma", "differs from that of another warp of its warpgroup, " + here);
-  ++w.wgmmas_issued;
+  same_in_warpgroup(w, {x.a_shared ? x.a : 0, x.b, shape});
   x.group = w.wgmma_groups;
   bool packed = false;
   for (int l = 0; l < 32; ++l) {
@@ -1039,14 +1045,16 @@ inline void wgmma(float (&c)[n / 2], const uint32_t (&a)[4], uint64_t b, bool ac
 inline void wgmma_fence() {
   using namespace emulate;
   worker->lane->packed = false;
-  rendezvous(Op::wgmma_fence, [](Warp& w) { w.wgmma_fenced = true; });
+  rendezvous(Op::wgmma_fence, [](Warp& w) { w.wgmma_fenced = true, same_in_warpgroup(w, {0, 0, 1}); });
 }
 inline void wgmma_commit() {
-  emulate::rendezvous(emulate::Op::wgmma_commit, [](emulate::Warp& w) { ++w.wgmma_groups; });
+  using namespace emulate;
+  rendezvous(Op::wgmma_commit, [](Warp& w) { ++w.wgmma_groups, same_in_warpgroup(w, {0, 0, 2}); });
 }
 template <int newest> inline void wgmma_wait() {
   using namespace emulate;
   rendezvous(Op::wgmma_wait, [](Warp& w) {
+    same_in_warpgroup(w, {newest, 0, 3});
     if (!w.wgmmas.empty() && w.wgmmas.back().group == w.wgmma_groups)
       error("wgmma waited for but not committed", place(*worker->lane));
     size_t done = 0;

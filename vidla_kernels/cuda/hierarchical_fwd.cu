@@ -469,12 +469,13 @@ int run(Problem p, void* stream, bool dry) {
   V(0, 96, 1, 64, 7, 1, 1)                                                                \
   V(0, 128, 1, 64, 7, 1, 1)
 
-// And those of hierarchical_fwd_sm90.cuh, whose numbers follow: V(D, most keys, warpgroups that compute, their registers).
+// And those of hierarchical_fwd_sm90.cuh, whose numbers follow: V(D, most keys, keys a chunk, warpgroups that compute, their
+// registers). Of 272 keys, chunks of 144 are too many scores for 160 registers: ptxas then waits for each wgmma.
 #define VIDLA_FORWARD_WGMMA(V) \
-  V(64, 64, 3, 160)            \
-  V(64, 128, 3, 160)           \
-  V(64, 208, 2, 240)           \
-  V(64, 272, 2, 240)
+  V(64, 64, 64, 3, 160)        \
+  V(64, 128, 128, 3, 160)      \
+  V(64, 208, 112, 3, 160)      \
+  V(64, 272, 96, 3, 160)
 constexpr int mma_variants(int dim) {
   int count = 0;
 #define VIDLA_COUNT(n, D, ...) count += dim == D;
@@ -503,10 +504,10 @@ inline int choose(const Call& c) {
   if (architecture() / 10 != 9) return 0;
   const Layout layout = layout_of(c);
   int number = mma_variants(c.head_dim);
-#define VIDLA_FITS(D, n, ...)                                                      \
-  if (c.head_dim == D) {                                                           \
-    if (layout.keys() <= n && wgmma_stages<D, n>(layout) > 1) return number;       \
-    ++number;                                                                      \
+#define VIDLA_FITS(D, n, chunk, groups, registers)                                                 \
+  if (c.head_dim == D) {                                                                    \
+    if (layout.keys() <= n && wgmma_tables<D, n, groups>() > 2) return number;              \
+    ++number;                                                                               \
   }
   VIDLA_FORWARD_WGMMA(VIDLA_FITS)
 #undef VIDLA_FITS
@@ -550,9 +551,9 @@ VIDLA_EXPORT const char* vidla_hierarchical_forward_variant(int head_dim, int va
   VIDLA_FORWARD_VARIANTS(VIDLA_NAME)
 #undef VIDLA_NAME
   int number = vidla::mma_variants(head_dim);
-#define VIDLA_NAME(D, n, groups, registers)      \
+#define VIDLA_NAME(D, n, chunk, groups, registers)      \
   if (head_dim == D && number++ == variant)      \
-    return "wgmma, H100: up to " #n " keys a frame at once, " #groups " warpgroups of " #registers " registers";
+    return "wgmma, H100: up to " #n " keys a frame, " #chunk " at a time, " #groups " warpgroups of " #registers " registers";
   VIDLA_FORWARD_WGMMA(VIDLA_NAME)
 #undef VIDLA_NAME
   return nullptr;

@@ -1,28 +1,32 @@
 // Hierarchical attention, forward, frame by frame, on Hopper: what hierarchical_fwd.cu launches there instead of its own
-// kernel where a frame's keys fit. Same arguments, same results, same partial results for the same combine kernel.
+// kernel where a frame's keys fit. Same arguments, same results, partial results for the same combine kernel.
 //
-// Tiling. As there a block stays, owns a head and a run of consecutive frames, and has one stage of shared memory filled while
-// it computes from another; but a stage holds all of a frame: K, V and the queries, in rows of 128 bytes with the 128-byte
-// swizzle. One warpgroup does nothing but copy, by cp.async, and gives most of its registers to the others. Each of those takes
-// every so-manieth tile of 64 query rows, across frames, so that all have the same work and none waits for the others: S = QK'
-// from shared memory, all n keys of the frame at once, in registers; one maximum a row and no rescaling; P = exp2, packed to be
-// the A operand; O = PV. Two matrix products a tile, each one group of asynchronous instructions; while one warpgroup is in its
-// softmax, others multiply. Rows are masked only in the columns that some row of the tile must not see.
-// The summary rows are the last of a frame; warps of the last tile that have no rows skip the softmax, not the products.
-// Their shares (m, l, acc) leave at every frame. A row of padding is zero in shared memory from the start.
+// Tiling. As there a block stays, and owns a head and a run of consecutive frames. Its last warpgroup does nothing but copy, by
+// cp.async, and gives most of its registers to the others. K and V of a frame are tables in a ring of as many as fit, rows of
+// 128 bytes with the 128-byte swizzle, which wgmma reads as they are; a table comes in once for all queries of the frame, and
+// is free again when the last warpgroup is done with it: K before V. mbarriers say that a table is full, and that it is free.
+// The other warpgroups take 64 query rows at a time, a tile, in turns and from frame to frame, so that all have the same work
+// and none waits for the others. A warpgroup has two buffers for queries: its warps fill one while it works on the other.
+// It walks over the keys in chunks: S = QK' of a chunk by wgmma into registers, while PV of the chunk before is added up;
+// maximum, P = exp2, packed to be the A operand. Sums are rescaled only when a maximum has grown by more than a factor of 2^8.
+// Columns are masked, 16 at a time, only where some row of the warp must not see them.
+// The summary rows are the last of a frame. Warps of the last tile that have no rows skip the softmax, not the products. Patch
+// rows are final and written once; summary rows leave (m, l, acc) at every frame. Padding of tables is zero from the start.
 // hierarchical_fwd.cu includes this behind its Problem and Place.
 #pragma once
 
 namespace vidla {
 constexpr int tile_rows = 64, table_row = 128;  // rows of a warpgroup; bytes of a row of 64 numbers
 
-// The softmax of a warp's 16 rows. [h]: row g, g + 8. Scores of m keys, from number `key` on: float[m / 2], as wgmma leaves them.
+// The softmax of a warp's 16 rows. [h]: row g, g + 8. Scores of m keys, from number `key` on, are float[m / 2], as wgmma leaves
+// them.
 struct SoftmaxRows {
   int limit[2];  // the row sees the keys below; 0: nothing in this frame
   int common;    // all of the rows see the keys below, except those that see nothing
   float maximum[2] = {minus_infinity, minus_infinity}, offset[2], sum[2] = {0, 0};  // sum: this lane's columns alone
 
-  template <int half> VIDLA_DEVICE void see(float (&s)[half], int key) {
+  // Hides what is not to be seen. top: the rows' maxima.
+  template <int half> VIDLA_DEVICE void see(float (&s)[half], int key, float (&top)[2]) {
     const int column = key + thread_index() % 4 * 2;
 #pragma unroll
     for (int b = half / 8 - 1; b >= 0; --b) {  // 16 keys at a time, from the last ones
@@ -36,21 +40,24 @@ struct SoftmaxRows {
       float even = s[2 * h], odd = s[2 * h + 1];
 #pragma unroll
       for (int b = 1; b < half / 4; ++b) even = fmaxf(even, s[4 * b + 2 * h]), odd = fmaxf(odd, s[4 * b + 2 * h + 1]);
-      maximum[h] = fmaxf(maximum[h], fmaxf(even, odd));
+      top[h] = fmaxf(even, odd);
+      top[h] = fmaxf(top[h], shuffle_xor(top[h], 1));
+      top[h] = fmaxf(top[h], shuffle_xor(top[h], 2));
     }
   }
-  // All keys are seen.
-  VIDLA_DEVICE void settle(float scale_log2) {
+  VIDLA_DEVICE bool grown(const float (&top)[2], float slack) const {
+    return (limit[0] && top[0] - maximum[0] > slack) || (limit[1] && top[1] - maximum[1] > slack);
+  }
+  VIDLA_DEVICE void settle(const float (&top)[2], float scale_log2) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      maximum[h] = fmaxf(maximum[h], shuffle_xor(maximum[h], 1));
-      maximum[h] = fmaxf(maximum[h], shuffle_xor(maximum[h], 2));
-      if (!limit[h]) maximum[h] = minus_infinity;
+      maximum[h] = limit[h] ? fmaxf(maximum[h], top[h]) : minus_infinity;
       offset[h] = limit[h] ? -maximum[h] * scale_log2 : minus_infinity;  // a row that sees nothing: P = 0
     }
   }
   // P, in 16 bits as the A operand of wgmma: two score tiles side by side.
-  template <class T, int half> VIDLA_DEVICE void weigh(float (&s)[half], uint32_t (&p)[half / 8][4], float scale_log2) {
+  template <class T, int half, int blocks>
+  VIDLA_DEVICE void weigh(float (&s)[half], uint32_t (&p)[blocks][4], float scale_log2) {
 #pragma unroll
     for (int b = 0; b < half / 4; ++b) {
 #pragma unroll
@@ -71,38 +78,109 @@ struct SoftmaxRows {
   }
 };
 
-// n: keys that a stage has room for; groups: warpgroups that compute.
-template <class T, int D, int n, int groups, int registers>
+// What a tile is computed from.
+struct Tables {
+  uint64_t q, k, v;          // descriptors
+  uint32_t v_full, k_empty;  // mbarriers: V is there; K is done with,
+  int v_phase;
+  bool last;  // with this tile
+};
+
+// 64 query rows of a warpgroup and all n keys of a frame, `chunk` at a time. The scores of a chunk and PV of the one before are
+// under way together.
+template <class T, int D, int n, int chunk> struct Tile {
+  static constexpr int chunks = (n + chunk - 1) / chunk;
+  SoftmaxRows rows;
+  float o[D / 2];
+  uint32_t p[chunks][chunk / 16][4];
+
+  template <int i> static constexpr int size = i + 1 < chunks ? chunk : n - i * chunk;
+
+  template <int i> VIDLA_DEVICE void add_values(uint64_t v) {
+#pragma unroll
+    for (int b = 0; b < size<i> / 16; ++b)
+      wgmma<T, D, true>(o, p[i][b], advance(v, (i * chunk + 16 * b) * table_row), i + b > 0);
+    wgmma_commit();
+  }
+
+  // some: the warp has rows, if not, it takes part in the products alone.
+  template <int i> VIDLA_DEVICE void attend(const Tables& tables, bool some, const Problem& problem) {
+    float s[size<i> / 2];
+    wgmma_fence();
+#pragma unroll
+    for (int d = 0; d < D / 16; ++d)
+      wgmma<T, size<i>, false, false>(s, advance(tables.q, 32 * d), advance(tables.k, i * chunk * table_row + 32 * d), d > 0);
+    wgmma_commit();
+    if constexpr (i > 0) add_values<i - 1>(tables.v);
+    wgmma_wait<(i > 0)>();
+    registers_fence(s);
+    if (i + 1 == chunks && tables.last) mbarrier_arrive(tables.k_empty);
+    bool grown = false;
+    float shrink[2];
+    if (some) {
+      float top[2];
+      rows.see(s, i * chunk, top);
+      if (i == 0) rows.settle(top, problem.scale_log2);
+      else if ((grown = warp_any(rows.grown(top, problem.slack)))) {
+        const float before[2] = {rows.offset[0], rows.offset[1]};
+        rows.settle(top, problem.scale_log2);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          shrink[h] = rows.limit[h] ? exp2_fast(rows.offset[h] - before[h]) : 1;
+          rows.sum[h] *= shrink[h];
+        }
+      }
+      rows.weigh<T>(s, p[i], problem.scale_log2);
+    } else {
+#pragma unroll
+      for (int b = 0; b < chunk / 4; ++b) p[i][b / 4][b % 4] = 0;
+    }
+    if constexpr (i == 0) {
+      mbarrier_wait(tables.v_full, tables.v_phase);
+      fence_async();
+    } else {
+      wgmma_wait<0>();
+      registers_fence(o);
+      if (grown) {
+#pragma unroll
+        for (int e = 0; e < D / 2; ++e) o[e] *= shrink[e / 2 % 2];
+      }
+    }
+    if constexpr (i + 1 < chunks) {
+      attend<i + 1>(tables, some, problem);
+    } else {
+      wgmma_fence();
+      add_values<i>(tables.v);
+      rows.add_lanes();
+      wgmma_wait<0>();
+      registers_fence(o);
+    }
+  }
+};
+
+// n: keys that a table has room for; groups: warpgroups that compute; registers: of each of their threads. p.stages: tables.
+template <class T, int D, int n, int chunk, int groups, int registers>
 VIDLA_KERNEL(128 * (groups + 1), 1) hierarchical_fwd_frames_wgmma(Problem p) {
   if constexpr (!has_wgmma) return;
-  constexpr int near = (n / 16 + 1) / 2 * 16, far = n - near;
   const unsigned lane = thread_index() & 31, g = lane / 4, j = lane % 4;
   const int warp = warp_index(), head = block_index() % p.heads, team = block_index() / p.heads;
   const int queries = p.queries(), keys = p.keys(), tiles = (queries + tile_rows - 1) / tile_rows;
-  const int stage_bytes = (2 * n + tiles * tile_rows) * table_row;
-  const uint32_t stages = shared_base(), full = stages + p.stages * stage_bytes, empty = full + 8 * p.stages;
+  constexpr int table_bytes = n * table_row, tile_bytes = tile_rows * table_row;
+  const uint32_t tables = shared_base(), q_at = tables + p.stages * table_bytes;  // two query tiles of each warpgroup
+  const uint32_t full = q_at + 2 * groups * tile_bytes, empty = full + 8 * p.stages;
   Place at{p.run_start(team) / p.frames, p.run_start(team) % p.frames, p.run_start(team + 1) - p.run_start(team)};
   int slot = 0, phase = 0;
-  auto next_frame = [&] {
+  auto next_table = [&] {
     if (++slot == p.stages) slot = 0, phase ^= 1;
-    at.advance(p);
   };
 
   if (thread_index() < p.stages) {
     mbarrier_init(full + 8 * thread_index(), 128);
     mbarrier_init(empty + 8 * thread_index(), 4 * groups);
   }
-  // Padding, for all frames: keys that P multiplies by 0, and queries.
-  for (int s = 0; s < p.stages; ++s) {
-    auto clear = [&](uint32_t table, int from, int to) {
-      for (int i = 8 * from + thread_index() - lane; i < 8 * to; i += 128 * (groups + 1))
-        cp_async_16(table + 16 * (i + lane), p.qkv, false, i + lane < 8 * to);
-    };
-    const uint32_t stage = stages + s * stage_bytes;
-    clear(stage, keys, n);
-    clear(stage + n * table_row, keys, n);
-    clear(stage + 2 * n * table_row, queries, tiles * tile_rows);
-  }
+  for (int s = 0; s < p.stages; ++s)  // keys of padding are zero for all frames, because P multiplies them by 0
+    for (int i = 8 * keys + thread_index() - lane; i < 8 * n; i += 128 * (groups + 1))
+      cp_async_16(tables + s * table_bytes + 16 * (i + lane), p.qkv, false, i + lane < 8 * n);
   cp_async_commit();
   cp_async_wait<0>();
   fence_async();
@@ -112,30 +190,23 @@ VIDLA_KERNEL(128 * (groups + 1), 1) hierarchical_fwd_frames_wgmma(Problem p) {
     registers_give<32>();
     const int unit = lane % 8, first = (warp - 4 * groups) * 4 + lane / 8;  // 16 rows at a time
     const char* qkv = static_cast<const char*>(p.qkv) + 2 * (head * p.qkv_head + 8 * unit);
-    for (int filled = 0; at.left > 0; ++filled) {
+    for (int filled = 0; at.left > 0; ++filled) {  // K of a frame, V, K of the next
       if (filled >= p.stages) mbarrier_wait(empty + 8 * slot, phase ^ 1);
-      const char *q_from = qkv + 2 * (at.batch * p.qkv_batch), *k_from = q_from + 2 * p.qkv_third;
-      const char* v_from = k_from + 2 * p.qkv_third;
-      const uint32_t k_to = stages + slot * stage_bytes, v_to = k_to + n * table_row, q_to = v_to + n * table_row;
-      int64_t from = int64_t(p.summary() + at.frame * p.patches + first) * p.token_bytes;
-      uint32_t to = Rows<D>::at(first, unit);
-#pragma unroll 2
-      for (int row = first; row - first < p.patches; row += 16, from += 16 * p.token_bytes, to += 16 * table_row) {
-        const bool active = row < p.patches;
-        cp_async_16(k_to + to, k_from + from, true, active);
-        cp_async_16(q_to + to, q_from + from, true, active);
-        cp_async_16(v_to + to, v_from + from, true, active);
-      }
+      const char* from = qkv + 2 * (at.batch * p.qkv_batch + (1 + filled % 2) * p.qkv_third);
+      const char* patches = from + int64_t(p.summary() + at.frame * p.patches + first) * p.token_bytes;
+      const uint32_t table = tables + slot * table_bytes;
+      uint32_t to = table + Rows<D>::at(first, unit);
+#pragma unroll 4
+      for (int row = first; row - first < p.patches; row += 16, patches += 16 * p.token_bytes, to += 16 * table_row)
+        cp_async_16(to, patches, true, row < p.patches);
 #pragma unroll 1
-      for (int i = first; i - first < p.summary(); i += 16) {
-        const int row = p.patches + i, key = i < p.mst() ? i + 1 : 0;  // a query's and a key's token: other orders
-        const uint32_t there = Rows<D>::at(row, unit);
-        cp_async_16(k_to + there, k_from + int64_t(key) * p.token_bytes, true, row < keys);
-        cp_async_16(q_to + there, q_from + int64_t(i) * p.token_bytes, true, i < p.summary());
-        cp_async_16(v_to + there, v_from + int64_t(key) * p.token_bytes, true, row < keys);
+      for (int key = p.patches + first; key - first < keys; key += 16) {
+        const int token = key < p.patches + p.mst() ? 1 + key - p.patches : 0;
+        cp_async_16(table + Rows<D>::at(key, unit), from + int64_t(token) * p.token_bytes, true, key < keys);
       }
       mbarrier_arrive_with_copies(full + 8 * slot);
-      next_frame();
+      next_table();
+      if (filled % 2) at.advance(p);
     }
     cp_async_commit();
     cp_async_wait<0>();
@@ -143,30 +214,42 @@ VIDLA_KERNEL(128 * (groups + 1), 1) hierarchical_fwd_frames_wgmma(Problem p) {
   }
 
   registers_take<registers>();
-  int tile = warp / 4;  // this warpgroup's next one in the frame at hand
+  int tile = warp / 4, buffer = 0;  // this warpgroup's next tile in the frame at hand, and where its queries are
+  auto fetch_queries = [&](int t, int where) {  // the warp's rows of a tile in this frame or a later one
+    Place to = at;
+    for (; t >= tiles; t -= tiles) to.advance(p);
+    if (to.left <= 0) return;
+    const int unit = lane % 8, first = warp % 4 * 16 + lane / 8;
+    const char* from = static_cast<const char*>(p.qkv) + 2 * (to.batch * p.qkv_batch + head * p.qkv_head + 8 * unit);
+    const uint32_t q_to = q_at + (warp / 4 * 2 + where) * tile_bytes;
+    const int patch_0 = p.summary() + to.frame * p.patches;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = t * tile_rows + first + 4 * i, token = row < queries ? row + (row < p.patches ? patch_0 : -p.patches) : 0;
+      cp_async_16(q_to + Rows<D>::at(first + 4 * i, unit), from + int64_t(token) * p.token_bytes, row < queries);
+    }
+    cp_async_commit();
+  };
+  fetch_queries(tile, 0);
 #pragma unroll 1
   while (at.left > 0) {
     mbarrier_wait(full + 8 * slot, phase);
-    fence_async();
-    const uint32_t stage = stages + slot * stage_bytes;
-    const uint64_t k = matrix_descriptor(stage, Swizzle::b128, 16, 8 * table_row);
-    const uint64_t v = advance(k, n * table_row);
+    const uint64_t k = matrix_descriptor(tables + slot * table_bytes, Swizzle::b128, 16, 8 * table_row);
+    const uint32_t k_empty = empty + 8 * slot;
+    next_table();
+    const uint64_t v = matrix_descriptor(tables + slot * table_bytes, Swizzle::b128, 16, 8 * table_row);
+    if (tile >= tiles) mbarrier_wait(full + 8 * slot, phase), mbarrier_arrive(k_empty);  // not this warpgroup's frame
 #pragma unroll 1
-    for (; tile < tiles; tile += groups) {
-      const uint64_t q = advance(v, (n + tile * tile_rows) * table_row);
+    for (; tile < tiles; tile += groups, buffer ^= 1) {
+      cp_async_wait<0>();
+      fence_async();
+      barrier_sync(1 + warp / 4, 128);  // the warpgroup has this tile's queries, and has read the one's before
+      fetch_queries(tile + groups, buffer ^ 1);
+      const uint64_t q = matrix_descriptor(q_at + (warp / 4 * 2 + buffer) * tile_bytes, Swizzle::b128, 16, 8 * table_row);
       const int row_0 = tile * tile_rows + warp % 4 * 16;  // the warp's first
       const bool some = row_0 < queries, some_patches = row_0 < p.patches, some_summary = some && row_0 + 16 > p.patches;
-      float left[near / 2], right[far / 2];  // scores of the first keys and of the others
-      wgmma_fence();
-#pragma unroll
-      for (int d = 0; d < D / 16; ++d) wgmma<T, near, false, false>(left, advance(q, 32 * d), advance(k, 32 * d), d > 0);
-      wgmma_commit();
-#pragma unroll
-      for (int d = 0; d < D / 16; ++d)
-        wgmma<T, far, false, false>(right, advance(q, 32 * d), advance(k, near * table_row + 32 * d), d > 0);
-      wgmma_commit();
-
-      SoftmaxRows rows{{keys, keys}, some_summary ? p.patches : keys};
+      Tile<T, D, n, chunk> t{{{keys, keys}, some_summary ? p.patches : keys}};
+      SoftmaxRows& rows = t.rows;
       if (some_summary) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -175,30 +258,8 @@ VIDLA_KERNEL(128 * (groups + 1), 1) hierarchical_fwd_frames_wgmma(Problem p) {
             rows.limit[h] = p.frame_visible(at.frame, row - p.patches) ? p.limit(at.frame, row) : 0;
         }
       }
-      uint32_t left_p[near / 16][4] = {}, right_p[far / 16][4] = {};
-      float o[D / 2];
-      wgmma_wait<1>();
-      registers_fence(left);
-      if (some) rows.see(left, 0);
-      wgmma_wait<0>();
-      registers_fence(right);
-      if (some) {
-        rows.see(right, near);
-        rows.settle(p.scale_log2);
-        rows.weigh<T>(left, left_p, p.scale_log2);
-      }
-      wgmma_fence();
-#pragma unroll
-      for (int i = 0; i < near / 16; ++i) wgmma<T, D, true>(o, left_p[i], advance(v, 16 * i * table_row), i > 0);
-      wgmma_commit();
-      if (some) rows.weigh<T>(right, right_p, p.scale_log2);
-      wgmma_fence();
-#pragma unroll
-      for (int i = 0; i < far / 16; ++i) wgmma<T, D, true>(o, right_p[i], advance(v, (near + 16 * i) * table_row), true);
-      wgmma_commit();
-      rows.add_lanes();
-      wgmma_wait<0>();
-      registers_fence(o);
+      t.template attend<0>({q, k, v, full + 8 * slot, k_empty, phase, tile + groups >= tiles}, some, p);
+      float(&o)[D / 2] = t.o;
 
       const int64_t clip = int64_t(at.batch) * p.heads + head;
 #pragma unroll
@@ -238,32 +299,31 @@ VIDLA_KERNEL(128 * (groups + 1), 1) hierarchical_fwd_frames_wgmma(Problem p) {
     }
     tile -= tiles;
     mbarrier_arrive(empty + 8 * slot);
-    next_frame();
+    next_table();
+    at.advance(p);
   }
 }
 
 // ---- host ----------------------------------------------------------------------------------------------------------
-template <int D, int n> int wgmma_stage(const Layout& p) {
-  return (2 * n + (p.queries() + tile_rows - 1) / tile_rows * tile_rows) * table_row;
-}
-template <int D, int n> int wgmma_stages(const Layout& p) {
-  return least(8, (shared_memory_limit() - 128) / wgmma_stage<D, n>(p));
+constexpr int wgmma_table(int n) { return n * table_row + 16; }  // bytes, mbarriers included
+template <int D, int n, int groups> int wgmma_tables() {
+  return least(16, (shared_memory_limit() - 2 * groups * tile_rows * table_row) / wgmma_table(n));
 }
 
 template <class T, int D> int combine(const Problem& p, void* stream);
 
 // With dry: only says whether this configuration can take the call.
-template <class T, int D, int n, int groups, int registers> int run_wgmma(Problem p, void* stream, bool dry) {
+template <class T, int D, int n, int chunk, int groups, int registers> int run_wgmma(Problem p, void* stream, bool dry) {
   if (architecture() / 10 != 9) return other_gpu;
-  p.stages = wgmma_stages<D, n>(p);
-  if (p.keys() > n || p.stages < 2) return no_room;
+  p.stages = wgmma_tables<D, n, groups>();
+  if (p.keys() > n || p.stages < 3) return no_room;
   if (dry) return 0;
   p.carry = 0;
-  p.shared = p.stages * (wgmma_stage<D, n>(p) + 16);
+  p.shared = p.stages * wgmma_table(n) + 2 * groups * tile_rows * table_row;
   const int frames = p.batch * p.frames, slots = multiprocessors();
   p.teams = least(frames, slots > p.heads ? slots / p.heads : 1);
   p.run = frames / p.teams, p.longer = frames % p.teams;
-  const int status = launch<hierarchical_fwd_frames_wgmma<T, D, n, groups, registers>>(
+  const int status = launch<hierarchical_fwd_frames_wgmma<T, D, n, chunk, groups, registers>>(
       "fwd_frames_wgmma", p.teams * p.heads, 128 * (groups + 1), p.shared, stream, p);
   return status ? status : combine<T, D>(p, stream);
 }
