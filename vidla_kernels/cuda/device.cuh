@@ -123,6 +123,15 @@ VIDLA_DEVICE Word2 load_shared(uint32_t shared, bool active) {
   return w;
 }
 
+// warp: 16 bytes for each lane, aligned to 16.
+VIDLA_DEVICE Word4 load_shared_16(uint32_t shared) {
+  Word4 w;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(w.x[0]), "=r"(w.x[1]), "=r"(w.x[2]), "=r"(w.x[3])
+               : "r"(shared)
+               : "memory");
+  return w;
+}
 // 4 bytes of shared memory. Any lanes.
 VIDLA_DEVICE uint32_t load_shared(uint32_t shared) {
   uint32_t word;

@@ -739,6 +739,26 @@ inline Word2 load_shared(uint32_t shared, bool active) {
   return word;
 }
 
+inline Word4 load_shared_16(uint32_t shared) {
+  using namespace emulate;
+  Lane& me = *worker->lane;
+  me.address = shared;
+  Word4 word;
+  memset(&word, 0xff, 16);
+  if (shared_in_range(shared, 16, "load_shared_16")) {
+    note_read(*me.warp, uint16_t(me.thread), shared, 16, "load_shared_16");
+    memcpy(&word, &worker->shared[shared], 16);
+  }
+  rendezvous(Op::load_shared, [](Warp& w) {
+    worker->count.shared_read += 512;
+    for (int q = 0; q < 32; q += 8) {  // 8 lanes a pass
+      uint32_t rows[8];
+      for (int i = 0; i < 8; ++i) rows[i] = w.lanes[q + i].address;
+      worker->count.store_conflicts += conflicts(rows, 8);
+    }
+  });
+  return word;
+}
 inline uint32_t load_shared(uint32_t shared) {
   using namespace emulate;
   Lane& me = *worker->lane;

@@ -555,6 +555,7 @@ template <class T, class C> int launch_frames(const Gradient& p, int shared, voi
 // With `needed`: only says whether this tiling can take the call, and how many bytes of workspace it needs.
 template <class T, class C> int run(Gradient p, const Call& c, void* stream, int64_t* needed) {
   const int heads = p.batch * p.heads, limit = shared_memory_limit(), sums = 12 * C::D * p.summary();
+  if (wants_wgmma<C> && architecture() / 10 != 9) return other_gpu;
   if (C::sums_at > limit || !serves<C>(p)) return no_room;
   p.sums_stay = sums <= limit - C::sums_at;
   const int shared = C::sums_at + (p.sums_stay ? sums : 0), fit = (limit + 1024) / (shared + 1024);

@@ -37,7 +37,7 @@ template <int keys_, int ring_, int ahead_> struct Warpgroups {
   static constexpr int q_at = 4 * table, d_out_after_q = ring * tile_bytes;
   static constexpr int ds_at = q_at + 2 * d_out_after_q;
   static constexpr int p_at = ds_at + slots * table, p_bytes = 16 * Row::bytes;  // P of the other keys, twice
-  static constexpr int stats_at = p_at + 2 * p_bytes, stats = 8 * tile;          // of two rows: lse, lse, -delta, -delta
+  static constexpr int stats_at = p_at + 2 * p_bytes, stats = 8 * tile;          // of a tile's rows: lse, then -delta
   static constexpr int limits_at = stats_at + ring * stats;                      // keys that a row sees
   static constexpr int items_at = limits_at + ring * 4 * tile, item = 32;        // two for each warp
   static constexpr int full = items_at + warps * 2 * item, empty = full + 8 * ring;  // barriers: of tiles,
@@ -185,25 +185,23 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
   auto finish_tile = [&](const OnTheirWay& rows, int slot) {
     const int index = not_ahead(thread) & 127;
     const uint32_t stats_at = base + C::stats_at + slot * C::stats;
-    auto in_stats = [&](int row) { return stats_at + row / 2 * 16 + row % 2 * 4; };
     cp_async_wait<0>();
     const uint32_t at = base + C::q_at + slot * C::tile_bytes + C::d_out_after_q + C::Row::at(index / 8, index % 8);
     float delta[2] = {};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const Word2 x = load_shared(at + i / 2 * 16 * row_bytes + i % 2 * 8, true);
+    for (int i = 0; i < 2; ++i) {
+      const Word4 d_out = load_shared_16(at + 16 * i * row_bytes);
 #pragma unroll
-      for (int e = 0; e < 4; ++e)
-        delta[i / 2] += unpack<T>(x.x[e / 2], e % 2) * unpack<T>(rows.out[i / 2].x[i % 2 * 2 + e / 2], e % 2);
+      for (int e = 0; e < 8; ++e) delta[i] += unpack<T>(d_out.x[e / 2], e % 2) * unpack<T>(rows.out[i].x[e / 2], e % 2);
     }
 #pragma unroll
     for (int mask = 1; mask < 8; mask *= 2) {
       delta[0] += shuffle_xor(delta[0], mask);
       delta[1] += shuffle_xor(delta[1], mask);
     }
-    store_shared(in_stats(index / 8 + index % 2 * 16) + 8, as_word(-(index % 2 ? delta[1] : delta[0])), index % 8 < 2);
+    store_shared(stats_at + 4 * (C::tile + index / 8 + index % 2 * 16), as_word(-(index % 2 ? delta[1] : delta[0])), index % 8 < 2);
     if (warp % 4 == 0) {
-      store_shared(in_stats(index & 31), as_word(rows.hidden ? -minus_infinity : rows.lse));
+      store_shared(stats_at + 4 * (index & 31), as_word(rows.hidden ? -minus_infinity : rows.lse));
     }
     fence_async();
     mbarrier_arrive(base + C::full + 8 * slot);
@@ -371,8 +369,8 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const int row = strip_warp + 8 * h + g, of = slot + row / C::tile, in = row % C::tile;
-          const uint32_t at = base + C::stats_at + of * C::stats + in / 2 * 16 + in % 2 * 4;
-          lse[h] = as_float(load_shared(at)), minus_delta[h] = as_float(load_shared(at + 8));
+          const uint32_t at = base + C::stats_at + of * C::stats + 4 * in;
+          lse[h] = as_float(load_shared(at)), minus_delta[h] = as_float(load_shared(at + 4 * C::tile));
           limit[h] = p.key_rows;
           if (64 * pair + row >= p.patches) limit[h] = load_shared(base + C::limits_at + (of * C::tile + in) * 4);
         }
@@ -483,11 +481,11 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
       const uint64_t q = matrix_descriptor(base + C::q_at + slot * C::tile_bytes, Swizzle::b128, 16, 8 * row_bytes);
       const uint64_t v = advance(k, C::table), d_out = advance(q, C::d_out_after_q);
       const int lane = not_ahead(thread) & 31, g = lane / 4, j = lane % 4;
-      const uint32_t stats_at = base + C::stats_at + slot * C::stats + 16 * j;
+      const uint32_t stats_at = base + C::stats_at + slot * C::stats + 8 * j;
       float s[C::tile / 2], ds[C::tile / 2];
 #pragma unroll
       for (int i = 0; i < C::tile / 8; ++i) {
-        const Word2 minus_delta = load_shared(stats_at + 64 * i + 8, true);
+        const Word2 minus_delta = load_shared(stats_at + 4 * C::tile + 32 * i, true);
 #pragma unroll
         for (int e = 0; e < 4; ++e) ds[4 * i + e] = as_float(minus_delta.x[e % 2]);
       }
@@ -505,7 +503,7 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
       registers_fence(s);
 #pragma unroll
       for (int i = 0; i < C::tile / 8; ++i) {
-        const Word2 lse = load_shared(stats_at + 64 * i, true);
+        const Word2 lse = load_shared(stats_at + 32 * i, true);
 #pragma unroll
         for (int e = 0; e < 4; ++e) s[4 * i + e] = exp2_fast(s[4 * i + e] * p.scale_log2 - as_float(lse.x[e % 2]));
       }
