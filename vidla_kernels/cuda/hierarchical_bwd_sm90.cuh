@@ -101,15 +101,17 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
   struct Origin {  // where its tensors begin, in elements; head: of all
     int64_t in_qkv, in_out;
     int head, frame;
+    bool opens;  // a segment
   };
   const uint32_t items_at = base + C::items_at + warp * 2 * C::item;
   auto origin = [&](int which) {
     const uint32_t at = items_at + which * C::item;
     auto wide = [](Word2 w) { return int64_t(w.x[0] | uint64_t(w.x[1]) << 32); };
     const Word2 last = load_shared(at + 16, true);
-    return Origin{wide(load_shared(at, true)), wide(load_shared(at + 8, true)), int(last.x[0]), int(last.x[1])};
+    return Origin{wide(load_shared(at, true)), wide(load_shared(at + 8, true)), int(last.x[0]), int(last.x[1]),
+                  load_shared(at + 24) != 0};
   };
-  auto keep = [&](int which, const Item& o) {
+  auto keep = [&](int which, const Item& o, bool opens) {
     const uint32_t at = items_at + which * C::item;
     const bool one = thread % 32 == 0;
     auto wide = [](int64_t x) { return Word2{{uint32_t(x), uint32_t(x >> 32)}}; };
@@ -117,6 +119,7 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
     store_shared(at, wide(o.batch * p.qkv_batch + o.head * p.qkv_head), one);
     store_shared(at + 8, wide((int64_t(o.batch) * p.sequence() * p.heads + o.head) * D), one);
     store_shared(at + 16, Word2{{uint32_t(o.batch * p.heads + o.head), uint32_t(o.frame)}}, one);
+    store_shared(at + 24, opens, one);
     warp_sync();
   };
 
@@ -209,7 +212,7 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
 
   Item item = Item::first(p, block_index());
   if (item.unit >= p.units()) return;
-  keep(0, item);
+  keep(0, item, true);
   fetch_keys(0);
   OnTheirWay first_rows;
   if (group < ahead) {
@@ -226,14 +229,15 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
   int slot = 0, phase = 0, turn = 0;  // of the ring; slot % strips
   uint32_t ds_at = base + C::ds_at;  // the slot at hand
   const uint32_t both_ds = 2 * ds_at + C::table;
-  int n = -1, buffer = 1, frame = 0;  // the frame's number of all, where its keys are, its number in the clip
-  bool opens, closes = true, more = true;  // a segment; whether there is a frame to come
+  int n = -1, buffer = 1;  // the frame's number of all, where its keys are
+  int closes;        // whether it is its segment's last
+  bool more = true;  // whether there is another one to come
   uint32_t keys_at;
   auto begin_frame = [&] {
-    ++n, buffer = n & 1, frame = item.frame;
-    opens = closes, closes = frame + 1 == item.end;
+    ++n, buffer = n & 1;
+    closes = not_ahead(item.frame + 1 == item.end);
     item = item.next(p);
-    keep(1 - buffer, item);
+    keep(1 - buffer, item, closes);
     more = item.unit < p.units();
     keys_at = base + 2 * buffer * C::table;
     mbarrier_wait(base + C::keys_full + 8 * buffer, n >> 1);
@@ -272,7 +276,7 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
 #pragma unroll
         for (int c = 0; c < D / 8; ++c) {
           const uint32_t at = base + C::in_sums(part * p.summary() + token, token, 8 * c + 2 * j);
-          const Word2 before = load_shared(at, summary && !opens);
+          const Word2 before = load_shared(at, summary && !item.opens);
           const Word2 sum{{as_word(acc[4 * c + 2 * h] * factor + as_float(before.x[0])),
                            as_word(acc[4 * c + 2 * h + 1] * factor + as_float(before.x[1]))}};
           store_shared(at, sum, summary);
@@ -301,7 +305,7 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
           const float other = shuffle_xor(g % 2 ? x : y, 4);
           const int its = key + g % 2;
           T* to = static_cast<T*>(p.d_qkv) + 3 * item.in_out - item.head % p.heads * (2 * D) + part * p.heads * D + column - g % 2;
-          to += int64_t(p.key_token(frame, its)) * 3 * p.heads * D;
+          to += int64_t(p.key_token(item.frame, its)) * 3 * p.heads * D;
           store_global(to, g % 2 ? pack<T>(other, y) : pack<T>(x, other), its < p.patches);
         }
 #pragma unroll
@@ -309,12 +313,12 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
           const int which = c ^ j / 2, token = key + which - p.patches, row = part * p.summary() + token;
           const bool summary = token >= 0 && key + which < p.key_rows;
           const uint32_t at = base + C::in_sums(row, token, column);
-          const float sum = (which ? y : x) + (summary && !opens ? as_float(load_shared(at)) : 0);
+          const float sum = (which ? y : x) + (summary && !item.opens ? as_float(load_shared(at)) : 0);
           store_shared(at, as_word(sum), summary);
         }
       }
       if (!closes) return;
-      const int64_t segment = int64_t(item.head) * p.segments + frame / p.segment_frames;
+      const int64_t segment = int64_t(item.head) * p.segments + item.frame / p.segment_frames;
 #pragma unroll 1
       for (int i = 0; i < 8; ++i) {  // the segment's sums go out
         const int column = strip_warp + i / 2 % 2 * 8 + g, token = C::rest + i / 4 * 8 + 2 * j + (i % 2 ^ j / 2) - p.patches;
