@@ -111,16 +111,20 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
     return Origin{wide(load_shared(at, true)), wide(load_shared(at + 8, true)), int(last.x[0]), int(last.x[1]),
                   load_shared(at + 24) != 0};
   };
-  auto keep = [&](int which, const Item& o, bool opens) {
+  auto keep = [&](int which, const Origin& o) {
     const uint32_t at = items_at + which * C::item;
     const bool one = thread % 32 == 0;
     auto wide = [](int64_t x) { return Word2{{uint32_t(x), uint32_t(x >> 32)}}; };
     warp_sync();
-    store_shared(at, wide(o.batch * p.qkv_batch + o.head * p.qkv_head), one);
-    store_shared(at + 8, wide((int64_t(o.batch) * p.sequence() * p.heads + o.head) * D), one);
-    store_shared(at + 16, Word2{{uint32_t(o.batch * p.heads + o.head), uint32_t(o.frame)}}, one);
-    store_shared(at + 24, opens, one);
+    store_shared(at, wide(o.in_qkv), one);
+    store_shared(at + 8, wide(o.in_out), one);
+    store_shared(at + 16, Word2{{uint32_t(o.head), uint32_t(o.frame)}}, one);
+    store_shared(at + 24, o.opens, one);
     warp_sync();
+  };
+  auto keep_first = [&](int which, const Item& o) {
+    keep(which, {o.batch * p.qkv_batch + o.head * p.qkv_head, (int64_t(o.batch) * p.sequence() * p.heads + o.head) * D,
+                 o.batch * p.heads + o.head, o.frame, true});
   };
 
   // A warpgroup's rows of K and V.
@@ -210,9 +214,13 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
     mbarrier_arrive(base + C::full + 8 * slot);
   };
 
-  Item item = Item::first(p, block_index());
-  if (item.unit >= p.units()) return;
-  keep(0, item, true);
+  int unit = block_index(), left;  // frames of its segment, from the next to begin on
+  if (unit >= p.units()) return;
+  {
+    const Item item = Item::first(p, unit);
+    left = item.end - item.frame;
+    keep_first(0, item);
+  }
   fetch_keys(0);
   OnTheirWay first_rows;
   if (group < ahead) {
@@ -230,15 +238,22 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
   uint32_t ds_at = base + C::ds_at;  // the slot at hand
   const uint32_t both_ds = 2 * ds_at + C::table;
   int n = -1, buffer = 1;  // the frame's number of all, where its keys are
-  int closes;        // whether it is its segment's last
-  bool more = true;  // whether there is another one to come
+  bool closes, more = true;  // whether it is its segment's last; whether there is another one to come
   uint32_t keys_at;
   auto begin_frame = [&] {
     ++n, buffer = n & 1;
-    closes = not_ahead(item.frame + 1 == item.end);
-    item = item.next(p);
-    keep(1 - buffer, item, closes);
-    more = item.unit < p.units();
+    closes = --left == 0;
+    if (!closes) {
+      Origin next = origin(buffer);
+      ++next.frame, next.opens = false;
+      keep(1 - buffer, next);
+    } else {
+      unit += p.blocks;
+      const Item next = Item::first(p, unit);
+      left = next.end - next.frame;
+      keep_first(1 - buffer, next);
+      more = unit < p.units();
+    }
     keys_at = base + 2 * buffer * C::table;
     mbarrier_wait(base + C::keys_full + 8 * buffer, n >> 1);
   };
