@@ -110,6 +110,9 @@ VIDLA_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t row) {
 VIDLA_DEVICE void store_shared(uint32_t shared, uint32_t word) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared), "r"(word) : "memory");
 }
+VIDLA_DEVICE void store_shared(uint32_t shared, uint32_t word, bool active) {
+  if (active) asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared), "r"(word) : "memory");
+}
 // warp: 8 bytes for each active lane, aligned to 8.
 VIDLA_DEVICE void store_shared(uint32_t shared, Word2 w, bool active) {
   if (active) asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(shared), "r"(w.x[0]), "r"(w.x[1]) : "memory");
@@ -120,6 +123,15 @@ VIDLA_DEVICE Word2 load_shared(uint32_t shared, bool active) {
   return w;
 }
 
+// warp: 16 bytes for each lane, aligned to 16.
+VIDLA_DEVICE Word4 load_shared_16(uint32_t shared) {
+  Word4 w;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(w.x[0]), "=r"(w.x[1]), "=r"(w.x[2]), "=r"(w.x[3])
+               : "r"(shared)
+               : "memory");
+  return w;
+}
 // 4 bytes of shared memory. Any lanes.
 VIDLA_DEVICE uint32_t load_shared(uint32_t shared) {
   uint32_t word;

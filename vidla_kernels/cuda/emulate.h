@@ -392,19 +392,22 @@ inline int word_conflicts(const Warp& w) {
   int passes[32] = {};
   for (int l = 0; l < 32; ++l) {
     const uint32_t a = w.lanes[l].address;
-    bool repeated = false;
+    bool repeated = a == none;
     for (int i = 0; i < l; ++i) repeated |= w.lanes[i].address == a;
     passes[a / 4 % 32] += !repeated;
   }
-  return *std::max_element(passes, passes + 32) - 1;
+  return std::max(1, *std::max_element(passes, passes + 32)) - 1;
 }
-// And for 8 bytes of each active lane, which go 16 lanes at a time; the lanes' addresses differ.
+// And for 8 bytes of each active lane, which go 16 lanes at a time.
 inline int pair_conflicts(const Warp& w) {
   int worst[2] = {1, 1};
   for (int half = 0; half < 2; ++half) {
     int passes[16] = {};
-    for (int l = 16 * half; l < 16 * half + 16; ++l)
-      if (w.lanes[l].active) worst[half] = std::max(worst[half], ++passes[w.lanes[l].address / 8 % 16]);
+    for (int l = 16 * half; l < 16 * half + 16; ++l) {
+      bool repeated = !w.lanes[l].active;
+      for (int i = 16 * half; i < l; ++i) repeated |= w.lanes[i].active && w.lanes[i].address == w.lanes[l].address;
+      if (!repeated) worst[half] = std::max(worst[half], ++passes[w.lanes[l].address / 8 % 16]);
+    }
   }
   return worst[0] + worst[1] - 2;
 }
@@ -690,21 +693,22 @@ inline void ldmatrix(uint32_t (&r)[4], uint32_t row, bool trans) {
 inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t row) { emulate::ldmatrix(r, row, false); }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t row) { emulate::ldmatrix(r, row, true); }
 
-inline void store_shared(uint32_t shared, uint32_t word) {
+inline void store_shared(uint32_t shared, uint32_t word, bool active) {
   using namespace emulate;
   Lane& me = *worker->lane;
-  me.address = shared;
-  if (shared_in_range(shared, 4, "store_shared")) {
+  me.address = active ? shared : none;
+  if (active && shared_in_range(shared, 4, "store_shared")) {
     note_write(me, shared, 4, false, "store_shared");
     memcpy(&worker->shared[shared], &word, 4);
   }
   rendezvous(Op::store_shared, [](Warp& w) {
     Counters& n = worker->count;
     ++n.store_shared;
-    n.shared_written += 128;
     n.store_conflicts += word_conflicts(w);
+    for (const Lane& l : w.lanes) n.shared_written += l.address == none ? 0 : 4;
   });
 }
+inline void store_shared(uint32_t shared, uint32_t word) { store_shared(shared, word, true); }
 inline void store_shared(uint32_t shared, Word2 word, bool active) {
   using namespace emulate;
   Lane& me = *worker->lane;
@@ -738,6 +742,26 @@ inline Word2 load_shared(uint32_t shared, bool active) {
   return word;
 }
 
+inline Word4 load_shared_16(uint32_t shared) {
+  using namespace emulate;
+  Lane& me = *worker->lane;
+  me.address = shared;
+  Word4 word;
+  memset(&word, 0xff, 16);
+  if (shared_in_range(shared, 16, "load_shared_16")) {
+    note_read(*me.warp, uint16_t(me.thread), shared, 16, "load_shared_16");
+    memcpy(&word, &worker->shared[shared], 16);
+  }
+  rendezvous(Op::load_shared, [](Warp& w) {
+    worker->count.shared_read += 512;
+    for (int q = 0; q < 32; q += 8) {  // 8 lanes a pass
+      uint32_t rows[8];
+      for (int i = 0; i < 8; ++i) rows[i] = w.lanes[q + i].address;
+      worker->count.store_conflicts += conflicts(rows, 8);
+    }
+  });
+  return word;
+}
 inline uint32_t load_shared(uint32_t shared) {
   using namespace emulate;
   Lane& me = *worker->lane;

@@ -24,41 +24,12 @@
 // itself. No atomics: the same bits every run. Where shared memory has no room, the sums wait in global memory, in L2.
 // More queries than the warps own: several turns; dK and dV wait in `carry`, where the thread that wrote a sum is the one
 // that takes it up again, in a place of the block's own that L2 keeps.
-#include "hierarchical.cuh"
+#include "hierarchical_bwd_sm90.cuh"
 
 #include <cstdio>
 #include <type_traits>
 
 namespace vidla {
-
-struct Gradient : Layout {
-  const void *qkv, *out, *d_out;
-  const float* lse;  // (B, H, S), base 2, as the forward leaves it
-  void* d_qkv;
-  float* partials;  // (B, H, segments, 3, G, D) summary tokens' dQ, dK, dV; dK and dV by key: MST, then CLS
-  float* carry;     // (blocks, padded keys, 2, D) dK, dV between turns; untouched where one turn is enough
-  float scale, scale_log2;
-  int blocks;    // of the grid; each takes every blocks-th (batch, segment, head)
-  int segments, segment_frames;  // frames are taken up in segments of so many; the last may have fewer
-  bool sums_stay;  // in shared memory until the segment ends; else in `partials`
-
-  VIDLA_HOST_DEVICE int units() const { return batch * segments * heads; }
-};
-
-// A frame to work on, and where its segment ends. Heads change fastest from block to block: they lie side by side.
-struct Item {
-  int unit, batch, head, frame, end;
-
-  VIDLA_DEVICE static Item first(const Gradient& p, int unit) {
-    const int begin = unit / p.heads % p.segments * p.segment_frames;
-    const int end = begin + p.segment_frames < p.frames ? begin + p.segment_frames : p.frames;
-    return {unit, unit / p.heads / p.segments, unit % p.heads, begin, end};
-  }
-  VIDLA_DEVICE Item next(const Gradient& p) const {
-    if (frame + 1 == end) return first(p, unit + p.blocks);
-    return {unit, batch, head, frame + 1, end};
-  }
-};
 
 // What is fixed at compile time, and where things lie in a block's shared memory: all of it constants, which instructions
 // carry as they are.
@@ -201,16 +172,6 @@ VIDLA_DEVICE void transposed_product(float (&acc)[m][2 * n][4], uint32_t strip_a
       }
     }
   }
-}
-
-// Two columns of each of two neighbouring 8-column tiles; lanes trade so that each stores 4 columns, 4 lanes a full
-// 32-byte sector. `row` is where the 16 columns begin.
-template <class T>
-VIDLA_DEVICE void store_16_columns(T* row, const float* l, const float* r, float factor, bool active) {
-  const int j = thread_index() & 3;
-  const uint32_t left = pack<T>(l[0] * factor, l[1] * factor), right = pack<T>(r[0] * factor, r[1] * factor);
-  const uint32_t other = shuffle_xor(j % 2 ? left : right, 1);
-  store_global(row + (j % 2 ? 8 + 2 * (j - 1) : 2 * j), j % 2 ? Word2{{other, right}} : Word2{{left, other}}, active);
 }
 
 template <class T, class C> VIDLA_KERNEL(32 * C::warps, C::blocks) hierarchical_bwd_frames(Gradient p) {
@@ -577,10 +538,25 @@ template <class T, int D> VIDLA_KERNEL(128, 1) hierarchical_bwd_combine(Gradient
 }
 
 // ---- host ----------------------------------------------------------------------------------------------------------
+template <class C> constexpr bool wants_wgmma = false;
+template <int... sizes> constexpr bool wants_wgmma<Warpgroups<sizes...>> = true;
+template <class C> bool serves(const Layout& p) {
+  if constexpr (wants_wgmma<C>) return C::serves(p);
+  return true;
+}
+template <class T, class C> int launch_frames(const Gradient& p, int shared, void* stream) {
+  if constexpr (wants_wgmma<C>)
+    return launch<hierarchical_bwd_frames_wgmma<T, C>>("bwd_frames_wgmma", p.blocks, C::threads, shared, stream,
+                                                         Tiles::of(p, C{}));
+  else
+    return launch<hierarchical_bwd_frames<T, C>>("bwd_frames", p.blocks, 32 * C::warps, shared, stream, p);
+}
+
 // With `needed`: only says whether this tiling can take the call, and how many bytes of workspace it needs.
 template <class T, class C> int run(Gradient p, const Call& c, void* stream, int64_t* needed) {
   const int heads = p.batch * p.heads, limit = shared_memory_limit(), sums = 12 * C::D * p.summary();
-  if (C::sums_at > limit) return no_room;
+  if (wants_wgmma<C> && architecture() / 10 != 9) return other_gpu;
+  if (C::sums_at > limit || !serves<C>(p)) return no_room;
   p.sums_stay = sums <= limit - C::sums_at;
   const int shared = C::sums_at + (p.sums_stay ? sums : 0), fit = (limit + 1024) / (shared + 1024);
   const int room = multiprocessors() * (fit < C::blocks ? fit : C::blocks);
@@ -599,8 +575,7 @@ template <class T, class C> int run(Gradient p, const Call& c, void* stream, int
   if (const int status = wrong_pointers(c, 4 * (partials + carry))) return status;
   watch_buffers(c);
   p.carry = p.partials + partials;
-  const int status = launch<hierarchical_bwd_frames<T, C>>("bwd_frames", p.blocks, 32 * C::warps, shared, stream, p);
-  if (status) return status;
+  if (const int status = launch_frames<T, C>(p, shared, stream)) return status;
   const int outputs = heads * p.summary() * 3;
   return launch<hierarchical_bwd_combine<T, C::D>>("bwd_combine", (outputs + 3) / 4, 128, 0, stream, p);
 }
@@ -615,6 +590,7 @@ template <> struct Tilings<64> {
   using type = List<Tiling<64, 4, 4, 1, 32, 32, 1, 2, 3>,   // to 64 rows, N=49: the next frame is on its way; 65 KB
                     Tiling<64, 4, 4, 1, 32, 32, 1, 1, 3>,   // the same in a third of an A100's shared memory
                     Tiling<64, 4, 4, 2, 32, 32, 1, 1, 2>,   // to 128 rows: two blocks
+                    Warpgroups<208, 6, 3>,                  // to 256 rows and 208 keys, N=196, on Hopper; 211 KB
                     Tiling<64, 8, 7, 2, 64, 32, 1, 2, 1>,   // to 224 rows, N=196: the next frame is on its way; 209 KB
                     Tiling<64, 8, 7, 2, 64, 32, 1, 1, 1>,   // the same in an A100's shared memory
                     Tiling<64, 8, 8, 2, 64, 32, 1, 1, 1>>;  // to 256 rows, and more in turns
@@ -649,6 +625,7 @@ inline int choose_backward(const Call& c) {
     auto look = [&](auto tiling) {
       using C = decltype(tiling);
       fits = (C::sums_at + 1024) * C::blocks <= shared_memory_limit() + 1024;  // a block takes 1 KB more than it asks for
+      fits = fits && serves<C>(layout_of(c));
       whole = C::capacity >= c.patches + c.summary;
     };
     if (visit(c.head_dim, variant, look)) break;  // past the last
@@ -690,8 +667,11 @@ VIDLA_EXPORT const char* vidla_hierarchical_backward_variant(int head_dim, int v
   static thread_local char text[128];
   const int missing = vidla::visit(head_dim, variant, [&](auto tiling) {
     using C = decltype(tiling);
-    snprintf(text, sizeof text, "%d rows a turn, %d warps, %d tiles, %d keys, %d strips, %d sets, %d blocks", C::capacity,
-             C::warps, C::tiles, C::chunk, C::buffers, C::sets, C::blocks);
+    if constexpr (vidla::wants_wgmma<C>)
+      snprintf(text, sizeof text, "wgmma, %d warps, %d rows, %d keys, %d tiles in a ring", C::warps, C::capacity, C::keys, C::ring);
+    else
+      snprintf(text, sizeof text, "%d rows a turn, %d warps, %d tiles, %d keys, %d strips, %d sets, %d blocks", C::capacity,
+               C::warps, C::tiles, C::chunk, C::buffers, C::sets, C::blocks);
   });
   return missing ? nullptr : text;
 }
