@@ -30,7 +30,9 @@ struct Problem : Layout {
   float* statistics;  // (B, H, T, G, 2) maximum score, sum of weights; the maximum is -inf where nothing was seen
   int token_bytes;    // from a token to the next in qkv
   float scale_log2;   // softmax scale * log2(e): exp(scale * x) = exp2(scale_log2 * x); > 0
-  float slack;        // how far a score may exceed the maximum in use
+  float slack;        // how far a score may exceed the maximum in use before sums are scaled down
+  float headroom;     // what patch rows put on top of their first keys' maximum
+  float most;         // their sum of weights has overflown nothing below
   int warps, teams;   // in a block; of H blocks each
   int run, longer;    // see run_start
   int piece, pieces;  // keys in a stage, stages that hold a frame
@@ -56,22 +58,23 @@ struct Place {
   }
 };
 
-// The softmax of one warp's rows on its way over the keys. [i]: tile, [h]: rows g and g + 8 of it.
-template <class T, int D, int tiles> struct Strip {
-  uint32_t q[tiles][D / 16][4];
-  float acc[tiles][D / 8][4];
-  float maximum[tiles][2], sum[tiles][2];  // sum: this lane's columns alone
-  int limit[tiles][2];                     // the row sees keys below; 0: nothing in this frame
+// 16 query rows of one warp on their way over the keys. [h]: rows g and g + 8.
+template <class T, int D> struct Strip {
+  uint32_t q[D / 16][4];
+  float acc[D / 8][4];
+  float maximum[2], sum[2];  // sum: this lane's columns alone
+  int limit[2];              // the row sees keys below; 0: nothing in this frame
 
-  VIDLA_DEVICE void start(int i, int h, int keys) {
-    maximum[i][h] = minus_infinity, sum[i][h] = 0, limit[i][h] = keys;
+  VIDLA_DEVICE void start(int h, int keys) {
+    maximum[h] = minus_infinity, sum[h] = 0, limit[h] = keys;
 #pragma unroll
-    for (int n = 0; n < D / 8; ++n) acc[i][n][2 * h] = acc[i][n][2 * h + 1] = 0;
+    for (int n = 0; n < D / 8; ++n) acc[n][2 * h] = acc[n][2 * h + 1] = 0;
   }
 
-  // `chunk` keys, the first of which is number `key` of the frame; K and V as this lane's ldmatrix addresses.
-  template <int chunk, bool tested> VIDLA_DEVICE void step(int key, uint32_t k, uint32_t v, const Problem& p) {
-    float s[tiles][chunk / 8][4] = {};
+  // S = QK' of `chunk` keys; k: this lane's ldmatrix address.
+  template <int chunk> VIDLA_DEVICE void score(float (&s)[chunk / 8][4], uint32_t k) const {
+#pragma unroll
+    for (int n = 0; n < chunk / 8; ++n) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0;
 #pragma unroll
     for (int d = 0; d < D / 16; ++d) {  // matrices: keys 0-7, dims 0-7; 0-7, 8-15; 8-15, 0-7; 8-15, 8-15
       const uint32_t at = Rows<D>::along(k, 2 * d);
@@ -79,101 +82,118 @@ template <class T, int D, int tiles> struct Strip {
       for (int n = 0; n < chunk / 16; ++n) {
         uint32_t b[4];
         ldmatrix_x4(b, at + 16 * n * Rows<D>::bytes);
-#pragma unroll
-        for (int i = 0; i < tiles; ++i) {
-          mma_m16n8k16<T>(s[i][2 * n], q[i][d], b[0], b[1]);
-          mma_m16n8k16<T>(s[i][2 * n + 1], q[i][d], b[2], b[3]);
-        }
+        mma_m16n8k16<T>(s[2 * n], q[d], b[0], b[1]);
+        mma_m16n8k16<T>(s[2 * n + 1], q[d], b[2], b[3]);
       }
     }
-    if (tested) {  // the last 16 keys alone: the others are below every limit
-      const int column = key + chunk - 16 + thread_index() % 4 * 2;
-#pragma unroll
-      for (int i = 0; i < tiles; ++i) {
-#pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          float& score = s[i][chunk / 8 - 2 + e / 4][e % 4];
-          if (column + e / 4 * 8 + e % 2 >= limit[i][e / 2 % 2]) score = minus_infinity;
-        }
-      }
-    }
+  }
 
-    float top[tiles][2], offset[tiles][2];
+  // Scores that a row does not see, among the last 16 of a chunk that begins at `key`: the others are below every limit.
+  template <int chunk> VIDLA_DEVICE void hide(float (&s)[chunk / 8][4], int key) const {
+    const int column = key + chunk - 16 + thread_index() % 4 * 2;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      float& score = s[chunk / 8 - 2 + e / 4][e % 4];
+      if (column + e / 4 * 8 + e % 2 >= limit[e / 2 % 2]) score = minus_infinity;
+    }
+  }
+
+  template <int chunk> VIDLA_DEVICE static float most(const float (&s)[chunk / 8][4], int h) {  // of a row
+    float even = s[0][2 * h], odd = s[0][2 * h + 1];  // two chains, half as long
+#pragma unroll
+    for (int n = 1; n < chunk / 8; ++n) even = fmaxf(even, s[n][2 * h]), odd = fmaxf(odd, s[n][2 * h + 1]);
+    const float pair = fmaxf(even, odd), four = fmaxf(pair, shuffle_xor(pair, 1));
+    return fmaxf(four, shuffle_xor(four, 2));
+  }
+
+  // The sums are scaled down where a maximum has grown; `begins`: some row begins here, at -inf.
+  template <int chunk> VIDLA_DEVICE void rescale(const float (&s)[chunk / 8][4], bool begins, const Problem& p) {
+    float top[2];
     bool grown = false;
 #pragma unroll
-    for (int i = 0; i < tiles; ++i) {
+    for (int h = 0; h < 2; ++h) {
+      const float here = most<chunk>(s, h);
+      top[h] = limit[h] ? fmaxf(maximum[h], here) : maximum[h];
+      grown |= top[h] - maximum[h] > p.slack;
+    }
+    if (begins || warp_any(grown)) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float even = s[i][0][2 * h], odd = s[i][0][2 * h + 1];  // two chains, half as long
+        const float shrink = top[h] > maximum[h] ? exp2_fast((maximum[h] - top[h]) * p.scale_log2) : 1;
+        maximum[h] = top[h];
+        sum[h] *= shrink;
 #pragma unroll
-        for (int n = 1; n < chunk / 8; ++n) even = fmaxf(even, s[i][n][2 * h]), odd = fmaxf(odd, s[i][n][2 * h + 1]);
-        float most = fmaxf(even, odd);
-        most = fmaxf(most, shuffle_xor(most, 1));
-        most = fmaxf(most, shuffle_xor(most, 2));
-        top[i][h] = limit[i][h] ? fmaxf(maximum[i][h], most) : maximum[i][h];
-        grown |= top[i][h] - maximum[i][h] > p.slack;  // always at the first keys a row sees: finite - -inf
+        for (int n = 0; n < D / 8; ++n) acc[n][2 * h] *= shrink, acc[n][2 * h + 1] *= shrink;
       }
     }
-    if (warp_any(grown)) {
-#pragma unroll
-      for (int i = 0; i < tiles; ++i) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const float shrink = top[i][h] > maximum[i][h] ? exp2_fast((maximum[i][h] - top[i][h]) * p.scale_log2) : 1;
-          maximum[i][h] = top[i][h];
-          sum[i][h] *= shrink;
-#pragma unroll
-          for (int n = 0; n < D / 8; ++n) acc[i][n][2 * h] *= shrink, acc[i][n][2 * h + 1] *= shrink;
-        }
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < tiles; ++i) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        offset[i][h] = limit[i][h] ? -maximum[i][h] * p.scale_log2 : minus_infinity;  // a row that sees nothing: P = 0
-#pragma unroll
-        for (int n = 0; n < chunk / 8; ++n) {
-#pragma unroll
-          for (int e = 2 * h; e < 2 * h + 2; ++e) {
-            s[i][n][e] = exp2_fast(s[i][n][e] * p.scale_log2 + offset[i][h]);
-            sum[i][h] += s[i][n][e];
-          }
-        }
-      }
-    }
+  }
 
-    uint32_t w[chunk / 16][tiles][4];  // P in 16 bits: two score tiles side by side are one A operand
+  // P = exp2 of the scores, less the maximum: two score tiles side by side are one A operand.
+  template <int chunk, bool may_be_blind>
+  VIDLA_DEVICE void weigh(uint32_t (&w)[chunk / 16][4], float (&s)[chunk / 8][4], const Problem& p) {
 #pragma unroll
-    for (int n = 0; n < chunk / 16; ++n) {
+    for (int h = 0; h < 2; ++h) {
+      const float offset = !may_be_blind || limit[h] ? -maximum[h] * p.scale_log2 : minus_infinity;  // sees nothing: P = 0
 #pragma unroll
-      for (int i = 0; i < tiles; ++i) {
+      for (int n = 0; n < chunk / 8; ++n) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float* pair = s[i][2 * n + e / 2] + e % 2 * 2;
-          w[n][i][e] = pack<T>(pair[0], pair[1]);
+        for (int e = 2 * h; e < 2 * h + 2; ++e) {
+          s[n][e] = exp2_fast(s[n][e] * p.scale_log2 + offset);
+          sum[h] += s[n][e];
         }
+        w[n / 2][n % 2 * 2 + h] = pack<T>(s[n][2 * h], s[n][2 * h + 1]);
       }
     }
+  }
+
+  // acc += PV; v: this lane's ldmatrix address.
+  template <int chunk> VIDLA_DEVICE void add(const uint32_t (&w)[chunk / 16][4], uint32_t v) {
 #pragma unroll
     for (int n = 0; n < chunk / 16; ++n) {
 #pragma unroll
       for (int d = 0; d < D / 16; ++d) {  // transposed: keys 0-7, dims 0-7; 8-15, 0-7; 0-7, 8-15; 8-15, 8-15
         uint32_t b[4];
         ldmatrix_x4_trans(b, Rows<D>::along(v, 2 * d) + 16 * n * Rows<D>::bytes);
-#pragma unroll
-        for (int i = 0; i < tiles; ++i) {
-          mma_m16n8k16<T>(acc[i][2 * d], w[n][i], b[0], b[1]);
-          mma_m16n8k16<T>(acc[i][2 * d + 1], w[n][i], b[2], b[3]);
-        }
+        mma_m16n8k16<T>(acc[2 * d], w[n], b[0], b[1]);
+        mma_m16n8k16<T>(acc[2 * d + 1], w[n], b[2], b[3]);
       }
     }
   }
+
+  // A chunk for rows of any kind.
+  template <int chunk, bool tested> VIDLA_DEVICE void step(int key, uint32_t k, uint32_t v, bool begins, const Problem& p) {
+    float s[chunk / 8][4];
+    uint32_t w[chunk / 16][4];
+    score<chunk>(s, k);
+    if (tested) hide<chunk>(s, key);
+    rescale<chunk>(s, begins, p);
+    weigh<chunk, true>(w, s, p);
+    add<chunk>(w, v);
+  }
+  // The first chunk of patch rows, all of which every row sees: its maximum stands for all of a frame's keys.
+  template <int chunk> VIDLA_DEVICE void open(uint32_t k, uint32_t v, const Problem& p) {
+    float s[chunk / 8][4];
+    uint32_t w[chunk / 16][4];
+    score<chunk>(s, k);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) start(h, limit[h]), maximum[h] = most<chunk>(s, h) + p.headroom;
+    weigh<chunk, false>(w, s, p);
+    add<chunk>(w, v);
+  }
+  // And the chunks that follow.
+  template <int chunk> VIDLA_DEVICE void follow(int key, int keys, uint32_t k, uint32_t v, const Problem& p) {
+    float s[chunk / 8][4];
+    uint32_t w[chunk / 16][4];
+    score<chunk>(s, k);
+    if (key + chunk > keys) hide<chunk>(s, key);
+    weigh<chunk, false>(w, s, p);
+    add<chunk>(w, v);
+  }
 };
 
-template <class T, int D, int tiles, int chunk, int most_warps, int copiers, int blocks_per_sm>
+template <class T, int D, int chunk, int most_warps, int copiers, int blocks_per_sm>
 VIDLA_KERNEL(32 * (most_warps + copiers), blocks_per_sm) hierarchical_fwd_frames(Problem p) {
-  constexpr int rows = 16 * tiles, units = D / 8, lanes = units > 8 ? 16 : units;  // copies: so many lanes a row
+  constexpr int rows = 16, units = D / 8, lanes = units > 8 ? 16 : units;  // copies: so many lanes a row
   const unsigned lane = thread_index() & 31, g = lane / 4, j = lane % 4, unit = lane % lanes;
   const int warp = warp_index(), head = block_index() % p.heads, team = block_index() / p.heads;
   const int queries = p.queries(), keys = p.keys(), padded = p.padded_keys(), stride = p.warps * rows;
@@ -257,8 +277,8 @@ VIDLA_KERNEL(32 * (most_warps + copiers), blocks_per_sm) hierarchical_fwd_frames
   }
 
   fetch_queries(first);
-  int segment = 0, segment_batch = -1;  // the first frame that the summary rows in registers have seen, and its clip
-  Strip<T, D, tiles> strip;
+  int segment = -1;  // the first frame that the summary rows in registers have seen; -1: there are none
+  Strip<T, D> strip;
 #pragma unroll 1
   while (at.left > 0) {
     mbarrier_wait(full + 8 * slot, phase);
@@ -266,86 +286,94 @@ VIDLA_KERNEL(32 * (most_warps + copiers), blocks_per_sm) hierarchical_fwd_frames
 #pragma unroll 1
     while (first < p.wrap) {
       const bool some_patches = first < p.patches, some_summary = first + rows > p.patches;
+      bool patient = some_summary || p.pieces > 1 || keys < chunk;  // maxima may grow
       if (piece == 0) {
         cp_async_wait<0>();
         warp_sync();
 #pragma unroll
-        for (int i = 0; i < tiles; ++i) {
-#pragma unroll
-          for (int d = 0; d < D / 16; ++d)
-            ldmatrix_x4(strip.q[i][d], q_at + Rows<D>::at(16 * i + lane % 16, 2 * d + lane / 16));
-        }
-        const bool continues = some_summary && p.carry && segment_batch == at.batch;  // its summary rows do
-        if (!continues) segment = at.frame, segment_batch = at.batch;
-#pragma unroll
-        for (int i = 0; i < tiles; ++i) {
+        for (int d = 0; d < D / 16; ++d) ldmatrix_x4(strip.q[d], q_at + Rows<D>::at(lane % 16, 2 * d + lane / 16));
+        warp_sync();  // all lanes have their fragments: the buffer is free
+        fetch_queries(first + stride);
+        strip.limit[0] = strip.limit[1] = keys;
+        if (patient) {
+          const bool continues = some_summary && segment >= 0;
+          if (!continues) segment = at.frame;
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            if (!continues) strip.start(i, h, keys);
-            if (some_summary) {
-              const int row = first + 16 * i + 8 * h + g;
-              if (row >= p.patches && row < queries) {
-                const uint32_t entry = limits + 8 * (row - p.patches);
-                strip.limit[i][h] = at.frame == 0 ? p.patches + load_shared(entry) - 1
-                                    : at.frame % load_shared(entry + 4) ? 0 : p.patches;
-              } else if (continues) strip.start(i, h, keys);
+            const int row = first + 8 * h + g;
+            const bool summary = row >= p.patches && row < queries;
+            if (!continues || !summary) strip.start(h, keys);
+            if (summary) {
+              const uint32_t entry = limits + 8 * (row - p.patches);
+              strip.limit[h] = at.frame == 0 ? p.patches + load_shared(entry) - 1
+                               : at.frame % load_shared(entry + 4) ? 0 : p.patches;
             }
           }
         }
-        warp_sync();  // all lanes have their fragments: the buffer is free
-        fetch_queries(first + stride);
       }
 
-      const int common = some_summary ? p.patches : keys;  // every row of the strip sees these first keys
       uint32_t k = tables + slot * stage_bytes + Rows<D>::at(lane % 8 + lane / 16 * 8, lane / 8 % 2);
       uint32_t v = tables + slot * stage_bytes + p.piece * Rows<D>::bytes + Rows<D>::at(lane % 16, lane / 16);
       int key = key_0;
       auto by = [&](int count) { key += count, k += count * Rows<D>::bytes, v += count * Rows<D>::bytes; };
+      if (!patient) {
+        strip.template open<chunk>(k, v, p), by(chunk);
 #pragma unroll 1
-      for (; key + chunk <= least(common, key_end); by(chunk)) strip.template step<chunk, false>(key, k, v, p);
-      if (key + chunk <= key_end && key + chunk - 16 <= common) strip.template step<chunk, true>(key, k, v, p), by(chunk);
+        for (; key + chunk <= keys; by(chunk)) strip.template follow<chunk>(key, keys, k, v, p);
 #pragma unroll 1
-      for (; key < key_end; by(16)) strip.template step<16, true>(key, k, v, p);
-      if (piece + 1 < p.pieces) break;
-
-      const bool ends = !p.carry || at.left <= p.carry || at.frame + p.carry >= p.frames;  // these rows' last frame
-      const int token_0 = at.batch * p.sequence();
-      const int64_t partial = ((int64_t(at.batch) * p.heads + head) * p.frames + segment) * p.summary();
-#pragma unroll
-      for (int i = 0; i < tiles; ++i) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int row = first + 16 * i + 8 * h + g;
-          float sum = strip.sum[i][h];
-          sum += shuffle_xor(sum, 1);
-          sum += shuffle_xor(sum, 2);
-          if (some_patches) {
-            const int token = p.summary() + at.frame * p.patches + row;
-            T* out = static_cast<T*>(p.out) + head * D + (j / 2 * 4 + j % 2 * 8) + int64_t(token_0 + token) * (p.heads * D);
-            const float over = reciprocal(sum);
-#pragma unroll
-            for (int d = 0; d < D / 16; ++d) {  // two lanes trade: 4 columns a lane, a full 32-byte sector in 4 lanes
-              const float *l = strip.acc[i][2 * d] + 2 * h, *r = strip.acc[i][2 * d + 1] + 2 * h;
-              const uint32_t left = pack<T>(l[0] * over, l[1] * over), right = pack<T>(r[0] * over, r[1] * over);
-              const uint32_t other = shuffle_xor(j % 2 ? left : right, 1);
-              store_global(out + 16 * d, Word2{{j % 2 ? other : left, j % 2 ? right : other}}, row < p.patches);
-            }
-            float* lse = p.lse + (int64_t(at.batch * p.heads + head) * p.sequence() + token);
-            store_global(lse, as_word(strip.maximum[i][h] * p.scale_log2 + log2_fast(sum)), row < p.patches && j == 0);
-          }
-          if (some_summary && ends) {
-            const bool mine = row >= p.patches && row < queries, seen = strip.maximum[i][h] > minus_infinity;
-            const int64_t to = partial + row - p.patches;
-#pragma unroll
-            for (int n = 0; n < D / 8; ++n) {
-              const float* two = strip.acc[i][n] + 2 * h;
-              store_global(p.sums + to * D + 8 * n + 2 * j, Word2{{as_word(two[0]), as_word(two[1])}}, mine && seen);
-            }
-            const Word2 statistics{{as_word(strip.maximum[i][h]), as_word(sum)}};
-            store_global(p.statistics + to * 2, statistics, mine && j == 0);
-          }
+        for (; key < padded; by(16)) strip.template follow<16>(key, keys, k, v, p);
+        patient = warp_any(!(fmaxf(strip.sum[0], strip.sum[1]) < p.most));  // one of them might have overflown: once more
+        if (patient) {
+          by(-key);
+          for (int h = 0; h < 2; ++h) strip.start(h, keys);
         }
       }
+      if (patient) {
+        const int common = some_summary ? p.patches : keys;  // every row of the strip sees these first keys
+#pragma unroll 1
+        for (; key + chunk <= least(common, key_end); by(chunk)) strip.template step<chunk, false>(key, k, v, key == 0, p);
+        if (key + chunk <= key_end && key + chunk - 16 <= common) strip.template step<chunk, true>(key, k, v, key == 0, p), by(chunk);
+#pragma unroll 1
+        for (; key < key_end; by(16)) strip.template step<16, true>(key, k, v, key == 0, p);
+        if (piece + 1 < p.pieces) break;
+      }
+
+      const int token_0 = at.batch * p.sequence();
+      const bool ends = some_summary && (!p.carry || at.left <= p.carry || at.frame + p.carry >= p.frames);  // their last frame
+      const int64_t partial = ((int64_t(at.batch) * p.heads + head) * p.frames + segment) * p.summary();
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = first + 8 * h + g;
+        float sum = strip.sum[h];
+        sum += shuffle_xor(sum, 1);
+        sum += shuffle_xor(sum, 2);
+        if (some_patches) {
+          const int token = p.summary() + at.frame * p.patches + row;
+          T* out = static_cast<T*>(p.out) + head * D + (j / 2 * 4 + j % 2 * 8) + int64_t(token_0 + token) * (p.heads * D);
+          const float over = reciprocal(sum);
+#pragma unroll
+          for (int d = 0; d < D / 16; ++d) {  // two lanes trade: 4 columns a lane, a full 32-byte sector in 4 lanes
+            const float *l = strip.acc[2 * d] + 2 * h, *r = strip.acc[2 * d + 1] + 2 * h;
+            const uint32_t left = pack<T>(l[0] * over, l[1] * over), right = pack<T>(r[0] * over, r[1] * over);
+            const uint32_t other = shuffle_xor(j % 2 ? left : right, 1);
+            store_global(out + 16 * d, Word2{{j % 2 ? other : left, j % 2 ? right : other}}, row < p.patches);
+          }
+          float* lse = p.lse + (int64_t(at.batch * p.heads + head) * p.sequence() + token);
+          store_global(lse, as_word(strip.maximum[h] * p.scale_log2 + log2_fast(sum)), row < p.patches && j == 0);
+        }
+        if (ends) {
+          const bool mine = row >= p.patches && row < queries, seen = strip.maximum[h] > minus_infinity;
+          const int64_t to = partial + row - p.patches;
+#pragma unroll
+          for (int n = 0; n < D / 8; ++n) {
+            const float* two = strip.acc[n] + 2 * h;
+            store_global(p.sums + to * D + 8 * n + 2 * j, Word2{{as_word(two[0]), as_word(two[1])}}, mine && seen);
+          }
+          const Word2 statistics{{as_word(strip.maximum[h]), as_word(sum)}};
+          store_global(p.statistics + to * 2, statistics, mine && j == 0);
+        }
+      }
+      if (ends) segment = -1;
       if (p.pieces > 1) break;
       first += stride;
     }
@@ -415,9 +443,9 @@ inline int64_t forward_workspace(const Call& c) {  // bytes of Problem's sums an
 }
 
 // With dry: only says whether this configuration can take the call.
-template <class T, int D, int tiles, int chunk, int most_warps, int copiers, int blocks_per_sm>
+template <class T, int D, int chunk, int most_warps, int copiers, int blocks_per_sm>
 int run(Problem p, void* stream, bool dry) {
-  const int rows = 16 * tiles, strips = (p.queries() + rows - 1) / rows, turns = (strips + most_warps - 1) / most_warps;
+  const int rows = 16, strips = (p.queries() + rows - 1) / rows, turns = (strips + most_warps - 1) / most_warps;
   const int table = (p.summary() + 31) / 32 * 32 * 8;  // of limits, in whole warps
   const int room = blocks_per_sm > 1 ? (shared_memory_limit() + 1024) / blocks_per_sm - 1024 : shared_memory_limit();
   for (p.pieces = 1;; ++p.pieces) {
@@ -442,24 +470,23 @@ int run(Problem p, void* stream, bool dry) {
   const int frames = p.batch * p.frames, slots = multiprocessors() * blocks_per_sm;
   p.teams = least(frames, slots > p.heads ? slots / p.heads : 1);
   p.run = frames / p.teams, p.longer = frames % p.teams;
-  const int status = launch<hierarchical_fwd_frames<T, D, tiles, chunk, most_warps, copiers, blocks_per_sm>>(
+  const int status = launch<hierarchical_fwd_frames<T, D, chunk, most_warps, copiers, blocks_per_sm>>(
       "fwd_frames", p.teams * p.heads, 32 * (p.warps + copiers), p.shared, stream, p);
   if (status) return status;
   const int summary_rows = p.batch * p.heads * p.summary();
   return launch<hierarchical_fwd_combine<T, D>>("fwd_combine", (summary_rows + 3) / 4, 128, 0, stream, p);
 }
 
-// The configurations, in one list: V(variant, D, tiles, chunk, most_warps, copiers, blocks_per_sm). 16 warps leave 128
-// registers a thread, which chunks of 32 fit at D=64 without a spill (64 and 48: 32 to 144 bytes, and no faster in replay).
-// 0 of D=64 is the choice on A100 and H100 alike, at N=49 as at 196: its replays are the lowest of those tried.
-#define VIDLA_FORWARD_VARIANTS(V)                                                         \
-  V(0, 64, 1, 32, 15, 1, 1)                                                               \
-  V(1, 64, 1, 32, 7, 1, 2)  /* two small blocks */                                        \
-  V(2, 64, 2, 32, 7, 1, 1)  /* half the bytes from shared memory, half the warps */       \
-  V(0, 32, 1, 64, 15, 1, 1)                                                               \
-  V(0, 80, 1, 64, 7, 1, 1)  /* from here on 8 warps: accumulators need the registers */   \
-  V(0, 96, 1, 64, 7, 1, 1)                                                                \
-  V(0, 128, 1, 64, 7, 1, 1)
+// The configurations, in one list: V(variant, D, chunk, most_warps, copiers, blocks_per_sm). 13 warps leave 128 registers a
+// thread, which chunks of 32 fit at D=64 without a spill.
+#define VIDLA_FORWARD_VARIANTS(V)                                                      \
+  V(0, 64, 32, 12, 1, 1)                                                               \
+  V(1, 64, 32, 15, 1, 1)                                                               \
+  V(2, 64, 64, 11, 1, 1)                                                               \
+  V(0, 32, 64, 12, 1, 1)                                                               \
+  V(0, 80, 64, 7, 1, 1)  /* from here on 8 warps: accumulators need the registers */   \
+  V(0, 96, 64, 7, 1, 1)                                                                \
+  V(0, 128, 64, 7, 1, 1)
 
 template <class T> int dispatch(const Problem& p, int dim, int variant, void* stream, bool dry) {
   bool served = false;
@@ -482,6 +509,8 @@ inline int forward(const Call& c, void* stream, bool dry) {
   p.token_bytes = int(2 * c.qkv_token);
   p.scale_log2 = c.scale > 1e-30f ? c.scale * log2_e : 1e-30f;  // of 0 the kernel would make 0 * inf
   p.slack = 8 / p.scale_log2;
+  p.headroom = c.type ? p.slack : 0;  // of exponent bf16 has enough
+  p.most = c.type ? 0x1p15f : 0x1p40f;
   if (!dry) {
     if (const int status = wrong_pointers(c, forward_workspace(c))) return status;
     p.statistics = sums + int64_t(c.batch) * c.heads * c.frames * c.summary * c.head_dim;
@@ -504,9 +533,9 @@ VIDLA_EXPORT int64_t vidla_hierarchical_forward_workspace(const vidla::Call* c) 
 // The variant that -1 stands for, and all there are for a head dimension, in words (null past the last).
 VIDLA_EXPORT int vidla_hierarchical_forward_choice(const vidla::Call* c) { return vidla::choose(*c); }
 VIDLA_EXPORT const char* vidla_hierarchical_forward_variant(int head_dim, int variant) {
-#define VIDLA_NAME(n, D, tiles, chunk, warps, copiers, blocks)                                                      \
+#define VIDLA_NAME(n, D, chunk, warps, copiers, blocks)                                              \
   if (head_dim == D && variant == n)                                                                               \
-    return #tiles " tiles a strip, " #chunk " keys a chunk, " #warps " warps, " #copiers " that copy, " #blocks " blocks";
+    return #chunk " keys a chunk, " #warps " warps, " #copiers " that copy, " #blocks " blocks";
   VIDLA_FORWARD_VARIANTS(VIDLA_NAME)
 #undef VIDLA_NAME
   return nullptr;
