@@ -174,7 +174,7 @@ BREAKS = (
     Break(
         "forward",
         "combine: parts that nobody wrote",
-        "frame < p.frames && p.starts_part(batch, frame);",
+        "frame < p.frames && p.starts_part(head, batch, frame);",
         "frame < p.frames;",
         "values",
     ),

@@ -33,28 +33,31 @@ struct Problem : Layout {
   float slack;        // how far a score may exceed the maximum in use before sums are scaled down
   float headroom;     // what patch rows put on top of their first keys' maximum
   float most;         // their sum of weights has overflown nothing below
-  int warps, teams;   // in a block; of H blocks each
+  int warps;          // in a block
+  int teams, side;    // of `side` blocks each, whose heads lie side by side
   int run, longer;    // see run_start
   int piece, pieces;  // keys in a stage, stages that hold a frame
   int stages, shared; // of K and V; bytes of a block
   int wrap;           // rows from a frame's first strip to the next frame's
   int carry;          // summary rows stay in registers: the warps have so many frames at a time; 0: they don't
 
-  // The B*T frames are shared out in order: `longer` teams get run + 1 of them, the others run.
+  // The frames of all clips of the first `side` heads, then of the next ones: `longer` teams get run + 1 of them, the others run.
   VIDLA_HOST_DEVICE int run_start(int team) const { return team * run + least(team, longer); }
   // Whether partial results are stored at this frame: at every one, or at the first `carry` of a clip or a team's share.
-  VIDLA_HOST_DEVICE bool starts_part(int batch, int frame) const {
-    const int x = batch * frames + frame, split = longer * (run + 1);
+  VIDLA_HOST_DEVICE bool starts_part(int head, int clip, int frame) const {
+    const int x = (head / side * batch + clip) * frames + frame, split = longer * (run + 1);
     return !carry || frame < carry || (x < split ? x % (run + 1) : (x - split) % run) < carry;
   }
 };
 
-// A frame of a clip, and how many the block has left from there on.
+// A frame of a head's clip, and how many the block has left from there on.
 struct Place {
-  int batch, frame, left;
-  VIDLA_DEVICE void advance(const Layout& p) {
+  int head, batch, frame, left;
+  VIDLA_DEVICE void advance(const Problem& p) {
     --left;
-    if (++frame == p.frames) frame = 0, ++batch;
+    if (++frame < p.frames) return;
+    frame = 0;
+    if (++batch == p.batch) batch = 0, head += p.side;
   }
 };
 
@@ -195,16 +198,17 @@ template <class T, int D, int chunk, int most_warps, int copiers, int blocks_per
 VIDLA_KERNEL(32 * (most_warps + copiers), blocks_per_sm) hierarchical_fwd_frames(Problem p) {
   constexpr int rows = 16, units = D / 8, lanes = units > 8 ? 16 : units;  // copies: so many lanes a row
   const unsigned lane = thread_index() & 31, g = lane / 4, j = lane % 4, unit = lane % lanes;
-  const int warp = warp_index(), head = block_index() % p.heads, team = block_index() / p.heads;
+  const int warp = warp_index(), team = block_index() / p.side, begin = p.run_start(team), clip = begin / p.frames;
   const int queries = p.queries(), keys = p.keys(), padded = p.padded_keys(), stride = p.warps * rows;
-  const char* qkv = static_cast<const char*>(p.qkv) + 2 * (head * p.qkv_head + 8 * unit);
+  const char* qkv = static_cast<const char*>(p.qkv) + 16 * unit;
 
   const uint32_t tables = shared_base(), stage_bytes = 2 * p.piece * Rows<D>::bytes;  // stages of K and V,
   const uint32_t q_at = tables + p.stages * stage_bytes + warp * rows * Rows<D>::bytes;  // each warp's query rows,
   const uint32_t full = tables + p.stages * stage_bytes + stride * Rows<D>::bytes;       // mbarriers of the stages
   const uint32_t empty = full + 8 * p.stages, limits = empty + 8 * p.stages;  // and a summary row's end, stride of frames
 
-  Place at{p.run_start(team) / p.frames, p.run_start(team) % p.frames, p.run_start(team + 1) - p.run_start(team)};
+  Place at{clip / p.batch * p.side + block_index() % p.side, clip % p.batch, begin - clip * p.frames,
+           p.run_start(team + 1) - begin};
   int first = warp * rows;  // the warp's next strip begins at this row of the frame at hand or, from wrap on, a later one
   int piece = 0, slot = 0, phase = 0;
 
@@ -212,7 +216,7 @@ VIDLA_KERNEL(32 * (most_warps + copiers), blocks_per_sm) hierarchical_fwd_frames
     Place to = at;
     for (; row_0 >= p.wrap; row_0 -= p.wrap) to.advance(p);
     if (to.left <= 0) return;
-    const char* q_from = qkv + 2 * (to.batch * p.qkv_batch);
+    const char* q_from = qkv + 2 * (to.batch * p.qkv_batch + to.head * p.qkv_head);
     const int patch_0 = p.summary() + to.frame * p.patches;
 #pragma unroll 1  // unrolled, its addresses are computed ahead, kept across the main loop, and spilled
     for (unsigned i = lane / lanes; i < rows; i += 32 / lanes) {
@@ -249,7 +253,7 @@ VIDLA_KERNEL(32 * (most_warps + copiers), blocks_per_sm) hierarchical_fwd_frames
     first = 0;
     for (int n = 0; at.left > 0; ++n) {
       if (n >= p.stages) mbarrier_wait(empty + 8 * slot, phase ^ 1);
-      const char* k_from = qkv + 2 * (at.batch * p.qkv_batch + p.qkv_third);
+      const char* k_from = qkv + 2 * (at.batch * p.qkv_batch + at.head * p.qkv_head + p.qkv_third);
       const char* v_from = k_from + 2 * p.qkv_third;
       const uint32_t k_to = tables + slot * stage_bytes, v_to = k_to + p.piece * Rows<D>::bytes;
       const int key_0 = piece * p.piece, count = least(p.piece, padded - key_0);
@@ -340,7 +344,7 @@ VIDLA_KERNEL(32 * (most_warps + copiers), blocks_per_sm) hierarchical_fwd_frames
 
       const int token_0 = at.batch * p.sequence();
       const bool ends = some_summary && (!p.carry || at.left <= p.carry || at.frame + p.carry >= p.frames);  // their last frame
-      const int64_t partial = ((int64_t(at.batch) * p.heads + head) * p.frames + segment) * p.summary();
+      const int64_t partial = ((int64_t(at.batch) * p.heads + at.head) * p.frames + segment) * p.summary();
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int row = first + 8 * h + g;
@@ -349,7 +353,7 @@ VIDLA_KERNEL(32 * (most_warps + copiers), blocks_per_sm) hierarchical_fwd_frames
         sum += shuffle_xor(sum, 2);
         if (some_patches) {
           const int token = p.summary() + at.frame * p.patches + row;
-          T* out = static_cast<T*>(p.out) + head * D + (j / 2 * 4 + j % 2 * 8) + int64_t(token_0 + token) * (p.heads * D);
+          T* out = static_cast<T*>(p.out) + at.head * D + (j / 2 * 4 + j % 2 * 8) + int64_t(token_0 + token) * (p.heads * D);
           const float over = reciprocal(sum);
 #pragma unroll
           for (int d = 0; d < D / 16; ++d) {  // two lanes trade: 4 columns a lane, a full 32-byte sector in 4 lanes
@@ -358,7 +362,7 @@ VIDLA_KERNEL(32 * (most_warps + copiers), blocks_per_sm) hierarchical_fwd_frames
             const uint32_t other = shuffle_xor(j % 2 ? left : right, 1);
             store_global(out + 16 * d, Word2{{j % 2 ? other : left, j % 2 ? right : other}}, row < p.patches);
           }
-          float* lse = p.lse + (int64_t(at.batch * p.heads + head) * p.sequence() + token);
+          float* lse = p.lse + (int64_t(at.batch * p.heads + at.head) * p.sequence() + token);
           store_global(lse, as_word(strip.maximum[h] * p.scale_log2 + log2_fast(sum)), row < p.patches && j == 0);
         }
         if (ends) {
@@ -390,7 +394,7 @@ template <class T, int D> VIDLA_KERNEL(128, 1) hierarchical_fwd_combine(Problem 
   const bool active = lane < D / 4;
   const int64_t partial = (int64_t(batch) * p.heads + head) * p.frames * p.summary() + token;
   auto statistics = [&](int frame) {
-    const bool there = frame < p.frames && p.starts_part(batch, frame);
+    const bool there = frame < p.frames && p.starts_part(head, batch, frame);
     const Word2 s = load_global<Word2>(p.statistics + (partial + int64_t(frame) * p.summary()) * 2, there);
     return there ? s : Word2{{as_word(minus_infinity), 0}};
   };
@@ -467,11 +471,13 @@ int run(Problem p, void* stream, bool dry) {
   p.shared = (2 * p.stages * p.piece + rows * p.warps) * Rows<D>::bytes + 16 * p.stages + table;
   p.carry = p.pieces == 1 || turns == 1 ? (p.warps % strips ? 0 : p.warps / strips) : 0;
   if (dry) return 0;
-  const int frames = p.batch * p.frames, slots = multiprocessors() * blocks_per_sm;
-  p.teams = least(frames, slots > p.heads ? slots / p.heads : 1);
+  const int slots = multiprocessors() * blocks_per_sm;
+  for (p.side = p.heads; p.heads % p.side || 64 * (slots % p.side) > slots || p.side > slots; --p.side) {}
+  const int frames = p.heads / p.side * p.batch * p.frames;
+  p.teams = least(frames, slots / p.side);
   p.run = frames / p.teams, p.longer = frames % p.teams;
   const int status = launch<hierarchical_fwd_frames<T, D, chunk, most_warps, copiers, blocks_per_sm>>(
-      "fwd_frames", p.teams * p.heads, 32 * (p.warps + copiers), p.shared, stream, p);
+      "fwd_frames", p.teams * p.side, 32 * (p.warps + copiers), p.shared, stream, p);
   if (status) return status;
   const int summary_rows = p.batch * p.heads * p.summary();
   return launch<hierarchical_fwd_combine<T, D>>("fwd_combine", (summary_rows + 3) / 4, 128, 0, stream, p);
