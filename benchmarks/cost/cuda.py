@@ -189,6 +189,7 @@ def estimate(case: Case, direction: str, variant: int, work: list[Work]) -> list
         row.instructions = classes(walked.executed, kernel.code, 32 / heads)
         row.loop = classes(walked.executed, loop, 32 / heads)
         row.loop_exponentials = sum(32 / heads * walked.executed[x] for x in loop if x.op.startswith("MUFU.EX2"))
+        row.exponentials = sum(32 / heads * n for x, n in walked.executed.items() if x.op.startswith("MUFU.EX2"))
         row.macs, row.guesses = walked.macs / heads, sum(walked.guesses.values())
         row.replay_us, row.bounds_us, row.waits = us, bounds, guess.waits
         rows.append(row)

@@ -35,7 +35,7 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may have (CUDA 
 class Compiled:
     """One launch of a case. `digest` is equal for launches of one compiled kernel. The second part is there on request and
     tells of one (batch, head): thread instructions by class, those of the main loop (of everything, where nothing loops),
-    exponentials in there, multiply-adds. The third part is the estimate, for the whole launch."""
+    exponentials in there and (CUDA) in all, multiply-adds. The third part is the estimate, for the whole launch."""
 
     kernel: str
     direction: str
@@ -53,6 +53,7 @@ class Compiled:
     instructions: dict[str, float] = field(default_factory=dict)
     loop: dict[str, float] = field(default_factory=dict)
     loop_exponentials: float = 0.0
+    exponentials: float = 0.0
     macs: float = 0.0
     guesses: int = 0  # branches on something unknown
 

@@ -509,8 +509,15 @@ def _shuffle(x: Decoded) -> Effect:
 
 @meaning("VOTE", "VOTEU")
 def _vote(x: Decoded) -> Effect:
-    """Taken to be unanimous with the first thread."""
-    return write([next(a for a in x.args if is_predicate(a))], lambda a: a, reader(x.args[-1]))
+    """Taken to be unanimous with the first thread; on something unknown nobody votes. What a warp votes on is an exception,
+    and one that is none shows: who uses the path compares its products with those that were counted."""
+    name, votes = next(a for a in x.args if is_predicate(a)), reader(x.args[-1])
+
+    def run(t: Thread) -> None:
+        if name not in CONSTANT:
+            t.registers[name] = votes(t) or 0
+
+    return run
 
 
 def _forget(x: Decoded) -> Effect:

@@ -22,19 +22,30 @@ class Case:
     head_dim: int = 64
     dtype: torch.dtype = torch.float32
     magnitude: float = 1.0
+    growth: float = 0.0  # added to the last token's keys, to earlier ones' in proportion; queries are then near 3
     sliced: bool = False
 
     def __str__(self) -> str:
         lay = self.layout
         name = f"T{lay.frames}-N{lay.patches}-{lay.levels}.{lay.tokens_per_level}.{lay.temporal_scale}-D{self.head_dim}"
         name += f"-B{self.batch}-{str(self.dtype)[6:]}"
-        return name + "-cls" * lay.patches_see_cls + f"-x{self.magnitude:g}" * (self.magnitude != 1) + "-sliced" * self.sliced
+        return (
+            name
+            + "-cls" * lay.patches_see_cls
+            + f"-x{self.magnitude:g}" * (self.magnitude != 1)
+            + "-growing" * (self.growth != 0)
+            + "-sliced" * self.sliced
+        )
 
     def draw(self, op: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Random qkv and gradient of the output; a sliced case lies inside a larger tensor full of NaN."""
         tokens = self.layout.num_patches if op == "tube" else self.layout.seq_len
         shape = (self.batch, tokens, 3, self.heads, self.head_dim)
-        qkv = (torch.randn(shape, device=device) * self.magnitude).to(self.dtype)
+        qkv = torch.randn(shape, device=device) * self.magnitude
+        if self.growth:
+            qkv[:, :, 0] += 3
+            qkv[:, :, 1] += self.growth * torch.linspace(0, 1, tokens, device=device)[:, None, None]
+        qkv = qkv.to(self.dtype)
         grad = torch.randn(self.batch, tokens, self.heads, self.head_dim, device=device).to(self.dtype)
         if self.sliced:
             room = torch.full((self.batch, tokens + 5, 4, self.heads + 1, self.head_dim + 16), float("nan"), device=device)
@@ -127,7 +138,9 @@ CASES += [
 ]
 # Magnitudes at which softmax is nearly one-hot (beyond: test_one_hot), and inputs that lie inside a larger tensor.
 CASES += [Case(_layout(4, 19), dtype=dtype, magnitude=5.0) for dtype in DTYPES]
-CASES += [Case(_layout(2, 150), heads=1, dtype=torch.bfloat16, magnitude=4.0)]  # whose maxima grow from tile to tile
+# Maxima that grow from tile to tile, and that outgrow the exponents of fp16 and of fp32.
+CASES += [Case(_layout(2, 150), heads=1, dtype=torch.bfloat16, magnitude=4.0)]
+CASES += [Case(_layout(1, 150), heads=1, dtype=dtype, growth=growth) for dtype in DTYPES for growth in (1.5, 8.0)]
 CASES += [
     Case(_layout(3, 18, U=2), batch=2, head_dim=D, dtype=dtype, sliced=True)
     for D, dtype in zip((80, 64, 32), DTYPES, strict=True)

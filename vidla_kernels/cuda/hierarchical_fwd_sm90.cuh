@@ -163,12 +163,12 @@ template <class T, int D, int n, int chunk, int groups, int registers>
 VIDLA_KERNEL(128 * (groups + 1), 1) hierarchical_fwd_frames_wgmma(Problem p) {
   if constexpr (!has_wgmma) return wgmma_fence();  // traps
   const unsigned lane = thread_index() & 31, g = lane / 4, j = lane % 4;
-  const int warp = warp_index(), head = block_index() % p.heads, team = block_index() / p.heads;
+  const int warp = warp_index();
   const int queries = p.queries(), keys = p.keys(), tiles = (queries + tile_rows - 1) / tile_rows;
   constexpr int table_bytes = n * table_row, tile_bytes = tile_rows * table_row;
   const uint32_t tables = shared_base(), q_at = tables + p.stages * table_bytes;  // two query tiles of each warpgroup
   const uint32_t full = q_at + 2 * groups * tile_bytes, empty = full + 8 * p.stages;
-  Place at{p.run_start(team) / p.frames, p.run_start(team) % p.frames, p.run_start(team + 1) - p.run_start(team)};
+  Place at = Place::first(p);
   int slot = 0, phase = 0;
   auto next_table = [&] {
     if (++slot == p.stages) slot = 0, phase ^= 1;
@@ -189,10 +189,10 @@ VIDLA_KERNEL(128 * (groups + 1), 1) hierarchical_fwd_frames_wgmma(Problem p) {
   if (warp >= 4 * groups) {  // the warps that copy
     registers_give<32>();
     const int unit = lane % 8, first = (warp - 4 * groups) * 4 + lane / 8;  // 16 rows at a time
-    const char* qkv = static_cast<const char*>(p.qkv) + 2 * (head * p.qkv_head + 8 * unit);
+    const char* qkv = static_cast<const char*>(p.qkv) + 16 * unit;
     for (int filled = 0; at.left > 0; ++filled) {  // K of a frame, V, K of the next
       if (filled >= p.stages) mbarrier_wait(empty + 8 * slot, phase ^ 1);
-      const char* from = qkv + 2 * (at.batch * p.qkv_batch + (1 + filled % 2) * p.qkv_third);
+      const char* from = qkv + 2 * (at.batch * p.qkv_batch + at.head * p.qkv_head + (1 + filled % 2) * p.qkv_third);
       const char* patches = from + int64_t(p.summary() + at.frame * p.patches + first) * p.token_bytes;
       const uint32_t table = tables + slot * table_bytes;
       uint32_t to = table + Rows<D>::at(first, unit);
@@ -220,7 +220,7 @@ VIDLA_KERNEL(128 * (groups + 1), 1) hierarchical_fwd_frames_wgmma(Problem p) {
     for (; t >= tiles; t -= tiles) to.advance(p);
     if (to.left <= 0) return;
     const int unit = lane % 8, first = warp % 4 * 16 + lane / 8;
-    const char* from = static_cast<const char*>(p.qkv) + 2 * (to.batch * p.qkv_batch + head * p.qkv_head + 8 * unit);
+    const char* from = static_cast<const char*>(p.qkv) + 2 * (to.batch * p.qkv_batch + to.head * p.qkv_head + 8 * unit);
     const uint32_t q_to = q_at + (warp / 4 * 2 + where) * tile_bytes;
     const int row_0 = t * tile_rows + first, patch_0 = p.summary() + to.frame * p.patches;
     if ((t + 1) * tile_rows <= p.patches) {
@@ -267,13 +267,13 @@ VIDLA_KERNEL(128 * (groups + 1), 1) hierarchical_fwd_frames_wgmma(Problem p) {
       t.template attend<0>({q, k, v, full + 8 * slot, k_empty, phase, tile + groups >= tiles}, some, p);
       float(&o)[D / 2] = t.o;
 
-      const int64_t clip = int64_t(at.batch) * p.heads + head;
+      const int64_t clip = int64_t(at.batch) * p.heads + at.head;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int row = row_0 + 8 * h + g;
         if (some_patches) {
           const int token = p.summary() + at.frame * p.patches + row;
-          T* out = static_cast<T*>(p.out) + head * D + (j / 2 * 4 + j % 2 * 8);
+          T* out = static_cast<T*>(p.out) + at.head * D + (j / 2 * 4 + j % 2 * 8);
           out = not_ahead(out + (int64_t(at.batch) * p.sequence() + token) * (p.heads * D));
           const float over = reciprocal(rows.sum[h]);
           Word2 two[D / 16];  // lanes trade: 4 columns a lane, a full 32-byte sector in 4 lanes
@@ -326,11 +326,9 @@ template <class T, int D, int n, int chunk, int groups, int registers> int run_w
   if (dry) return 0;
   p.carry = 0;
   p.shared = p.stages * wgmma_table(n) + 2 * groups * tile_rows * table_row;
-  const int frames = p.batch * p.frames, slots = multiprocessors();
-  p.teams = least(frames, slots > p.heads ? slots / p.heads : 1);
-  p.run = frames / p.teams, p.longer = frames % p.teams;
+  p.share_out(multiprocessors());
   const int status = launch<hierarchical_fwd_frames_wgmma<T, D, n, chunk, groups, registers>>(
-      "fwd_frames_wgmma", p.teams * p.heads, 128 * (groups + 1), p.shared, stream, p);
+      "fwd_frames_wgmma", p.teams * p.side, 128 * (groups + 1), p.shared, stream, p);
   return status ? status : combine<T, D>(p, stream);
 }
 }  // namespace vidla
