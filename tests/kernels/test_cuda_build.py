@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from vidla_kernels import cuda_binding, cuda_emulate
+from vidla_kernels import cuda_binding, cuda_emulate, files
 from vidla_kernels.tiles import HEAD_DIMS
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +53,7 @@ def built(tmp_path_factory) -> Built:
     for program in ("nvcc", "cmake"):
         if shutil.which(program) is None and not (program == "nvcc" and os.environ.get("CUDACXX")):
             pytest.skip(f"{program} was not found, and no library built from these sources is installed")
-    kept = cuda_emulate.cache_folder() / f"cuda-built-{cuda_emulate.digest()[:12]}.so"
+    kept = files.cache_folder() / f"cuda-built-{cuda_emulate.digest()[:12]}.so"
     log = kept.with_suffix(".log")
     if not (kept.exists() and log.exists()):
         folder, said = tmp_path_factory.mktemp("build"), ""

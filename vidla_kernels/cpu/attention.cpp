@@ -45,7 +45,7 @@ struct Work {
   int64_t size;
 
   Work(const Call& c, float* memory) : call(c), T(c.frames), N(c.patches), G(c.summary), H(c.heads), D(c.head_dim) {
-    tube = c.pass == TUBE_FORWARD || c.pass == TUBE_BACKWARD, backward = c.pass == TUBE_BACKWARD || c.pass == HIERARCHICAL_BACKWARD;
+    tube = c.which == TUBE_FORWARD || c.which == TUBE_BACKWARD, backward = c.which == TUBE_BACKWARD || c.which == HIERARCHICAL_BACKWARD;
     if (tube) N = T, G = 0;
     width = up(D, W);
     float* at = memory;

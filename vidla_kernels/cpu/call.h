@@ -4,7 +4,7 @@
 
 namespace vidla {
 
-enum Pass : int32_t { TUBE_FORWARD, TUBE_BACKWARD, HIERARCHICAL_FORWARD, HIERARCHICAL_BACKWARD };
+enum Which : int32_t { TUBE_FORWARD, TUBE_BACKWARD, HIERARCHICAL_FORWARD, HIERARCHICAL_BACKWARD };
 
 struct Call {
   const float *qkv, *d_out;  // (B, tokens, 3, H, D) and (B, tokens, H, D), strided, D contiguous
@@ -12,7 +12,7 @@ struct Call {
   const int32_t* rows;       // (G, 3): of each summary row the summary keys first <= k < end, and the stride of its frames
   float* workspace;          // threads * workspace_floats
   int64_t qkv_batch, qkv_token, qkv_third, qkv_head, d_out_batch, d_out_token, d_out_head;  // strides in elements
-  int32_t pass, batch, heads, head_dim, frames, patches, summary, first_key, threads, version;
+  int32_t which, batch, heads, head_dim, frames, patches, summary, first_key, threads, version;
   float scale;
 };
 

@@ -1,4 +1,5 @@
 // The library's functions, the choice of a version, and the threads of a call.
+#include <algorithm>
 #include <atomic>
 #include <system_error>
 #include <thread>
@@ -19,7 +20,11 @@ const Version* versions[] = {&vidla::baseline::version,
 #endif
 };
 
-bool tube(const Call& call) { return call.pass == vidla::TUBE_FORWARD || call.pass == vidla::TUBE_BACKWARD; }
+constexpr double WORTH_A_THREAD = 1 << 21;  // multiply-adds, some 50 us: to start a thread takes about as long
+
+bool tube(const Call& call) { return call.which == vidla::TUBE_FORWARD || call.which == vidla::TUBE_BACKWARD; }
+
+int64_t units(const Call& call) { return int64_t(call.batch) * (tube(call) ? call.patches : call.heads); }
 
 }  // namespace
 
@@ -34,21 +39,28 @@ EXPORT int32_t vidla_cpu_best() {
   return 0;
 }
 
-EXPORT int64_t vidla_cpu_workspace(const Call* call) { return versions[call->version]->workspace(*call); }
+// What the library was built from (CMakeLists.txt).
+EXPORT const char* vidla_cpu_sources() { return VIDLA_SOURCES; }
 
 EXPORT void vidla_cpu_exp2(int32_t version, const float* x, float* y, int64_t count) { versions[version]->exp2(x, y, count); }
+
+// Lowers call.threads to what the call is worth, and returns how many floats of memory it needs.
+EXPORT int64_t vidla_cpu_plan(Call* call) {
+  const double keys = tube(*call) ? call->frames : call->patches + 2 * call->summary;
+  const double products = double(units(*call)) * (tube(*call) ? call->heads : call->frames) * keys * keys * call->head_dim * 2;
+  call->threads = int32_t(std::min({double(call->threads), double(units(*call)), 1 + products / WORTH_A_THREAD}));
+  return call->threads * versions[call->version]->workspace(*call);
+}
 
 // Whoever is free takes the next few units: which thread does a unit changes no bit of it.
 EXPORT void vidla_cpu_run(const Call* call) {
   const Version& version = *versions[call->version];
-  const int64_t floats = version.workspace(*call);
-  const int64_t units = int64_t(call->batch) * (tube(*call) ? call->patches : call->heads);
-  const int64_t few = tube(*call) ? units / (16 * call->threads) + 1 : 1;
+  const int64_t floats = version.workspace(*call), end = units(*call);
+  const int64_t few = tube(*call) ? end / (16 * call->threads) + 1 : 1;  // neighbouring places share pages
   std::atomic<int64_t> next{0};
   auto work = [&](int64_t thread) {
-    for (int64_t unit; (unit = next.fetch_add(few)) < units;)
-      for (int64_t end = unit + few < units ? unit + few : units; unit < end; ++unit)
-        version.run(*call, unit, call->workspace + thread * floats);
+    for (int64_t unit; (unit = next.fetch_add(few)) < end;)
+      for (int64_t i = unit; i < std::min(unit + few, end); ++i) version.run(*call, i, call->workspace + thread * floats);
   };
   std::vector<std::thread> others;
   try {
