@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch.autograd.forward_ad import unpack_dual
 
 from . import files
 from .layout import TokenLayout, summary_table
@@ -93,6 +94,8 @@ def refuses(qkv: torch.Tensor) -> str | None:
         return f"{qkv.dtype} on {qkv.device}: the native kernels have float32 on a CPU"
     if qkv.numel() == 0:
         return "an empty tensor"
+    if torch._C._are_functorch_transforms_active() or unpack_dual(qkv).tangent is not None:
+        return "torch.func or forward-mode differentiation: a registered operator would lose the tangent without a word"
     return missing()
 
 
