@@ -1,8 +1,8 @@
 """The portable backend on a CPU without torch.compile: native kernels where there are any for the call (cpu_binding.py), else
 in torch the same mathematics as portable.py, with the backward written out.
 
-In torch, what costs time on a CPU is not the products but passing through memory, above all through memory that was asked for anew:
-autograd's backward of a slice or of a concatenation fills, copies and adds whole tensors. Here every gradient is written
+In torch, what costs time on a CPU is not the products but passing through memory, above all through memory that was asked for
+anew: autograd's backward of a slice or of a concatenation fills, copies and adds whole tensors. Here every gradient is written
 where it belongs, and what lies between is a clip's share (hierarchical) or a few tubes' (tube attention), which stays in
 the cache and is used again for the next. The native kernels go through memory once.
 
