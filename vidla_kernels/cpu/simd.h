@@ -26,7 +26,7 @@ template <class V> inline void store(float* x, V value) { reinterpret_cast<Loose
 inline Vec splat(float x) { return x - Vec{}; }
 inline Vec largest(Vec x, Vec y) { return x > y ? x : y; }  // y where one is NaN
 
-// 2^x for x <= 127, 0 below -126.5. Within 1 ulp: a polynomial on [-1/2, 1/2], error 2e-9, times a power of two.
+// 2^x for x < 128, 0 below -126.5. Within 1.25 ulp: a polynomial on [-1/2, 1/2], error 2e-9, times a power of two.
 inline Vec exp2(Vec x) {
   const Vec round = splat(12582912.f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   x = largest(splat(-127.f), x);        // NaN stays NaN
