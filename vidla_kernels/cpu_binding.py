@@ -2,8 +2,8 @@
 
 It is how `portable` serves float32 tensors on a CPU, where `pip install` has built `libvidla_cpu.so`; VIDLA_CPU=0 leaves it
 unused. The code is there three times, and the processor decides which runs: baseline, AVX2, AVX-512; VIDLA_CPU=baseline, avx2
-or avx512 asks for one of them. torch allocates everything, results and workspace. As many threads run as torch would take,
-fewer where a call is too small for them, and their number changes no bit of a result.
+or avx512 asks for one of them. torch allocates everything, results and workspace. The threads are torch's own where its OpenMP
+runtime lends them, as many as torch would take and fewer for a small call; their number changes no bit of a result.
 """
 
 from __future__ import annotations
@@ -59,10 +59,21 @@ def library() -> ctypes.CDLL:
     if lib.vidla_cpu_sources().decode() != digest():
         raise RuntimeError(f"{LIBRARY} was built from other sources than those in {SOURCES}: pip install again")
     lib.vidla_cpu_plan.argtypes, lib.vidla_cpu_plan.restype = [ctypes.POINTER(Call)], ctypes.c_int64
-    lib.vidla_cpu_run.argtypes, lib.vidla_cpu_run.restype = [ctypes.POINTER(Call)], None
+    lib.vidla_cpu_run.argtypes, lib.vidla_cpu_run.restype = [ctypes.POINTER(Call), ctypes.c_void_p], None
     lib.vidla_cpu_exp2.argtypes = [ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     lib.vidla_cpu_exp2.restype = None
     return lib
+
+
+@cache
+def torchs_threads() -> int | None:
+    """Address of GOMP_parallel in the OpenMP runtime that torch itself uses, GNU's or one that stands in for it; None where
+    there is none, and the library starts threads of its own."""
+    try:
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return None
 
 
 @cache
@@ -124,7 +135,7 @@ def _run(which: int, qkv: torch.Tensor, layout: TokenLayout, scale: float, **ten
     )
     workspace = torch.empty(lib.vidla_cpu_plan(call), dtype=torch.float32, device=_CPU)
     call.workspace = workspace.data_ptr()
-    lib.vidla_cpu_run(call)
+    lib.vidla_cpu_run(call, torchs_threads())
 
 
 def tube_forward(qkv: torch.Tensor, layout: TokenLayout, scale: float) -> torch.Tensor:

@@ -127,8 +127,9 @@ def threads(count: int):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("whose", ["torch's", "own"])
 @pytest.mark.parametrize("op", OPS)
-def test_the_number_of_threads_changes_no_bit(op, native, monkeypatch, seed):
+def test_the_number_of_threads_changes_no_bit(op, whose, native, monkeypatch, seed):
     case = Case(TokenLayout(8, 49), batch=4, heads=5)
     qkv, grad = case.draw(op, CPU)
     started, runs = [], []
@@ -139,10 +140,12 @@ def test_the_number_of_threads_changes_no_bit(op, native, monkeypatch, seed):
         vidla_cpu_best, vidla_cpu_plan = lib.vidla_cpu_best, lib.vidla_cpu_plan
 
         @staticmethod
-        def vidla_cpu_run(call: cpu_binding.Call) -> None:
+        def vidla_cpu_run(call: cpu_binding.Call, region: int | None) -> None:
             started.append(call.threads)
-            lib.vidla_cpu_run(call)
+            lib.vidla_cpu_run(call, region if whose == "torch's" else None)
 
+    if whose == "torch's" and cpu_binding.torchs_threads() is None:
+        pytest.skip("this torch has no OpenMP runtime of GNU's kind")
     monkeypatch.setattr(cpu_binding, "library", Watched)
     for count in (1, 3, 1):
         with threads(count):

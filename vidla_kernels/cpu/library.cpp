@@ -52,21 +52,30 @@ EXPORT int64_t vidla_cpu_plan(Call* call) {
   return call->threads * versions[call->version]->workspace(*call);
 }
 
-// Whoever is free takes the next few units: which thread does a unit changes no bit of it.
-EXPORT void vidla_cpu_run(const Call* call) {
+// OpenMP's entry to a parallel region, as compilers call it: GOMP_parallel(work, data, threads, flags).
+using Region = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+// Whoever is free takes the next few units: which thread does a unit changes no bit of it. `region` is that of the OpenMP
+// runtime that torch has loaded; its threads wait for torch's next operation by spinning, and would be in the way of others.
+// Where it is null, threads are started for the call.
+EXPORT void vidla_cpu_run(const Call* call, Region region) {
   const Version& version = *versions[call->version];
   const int64_t floats = version.workspace(*call), end = units(*call);
   const int64_t few = tube(*call) ? end / (16 * call->threads) + 1 : 1;  // neighbouring places share pages
-  std::atomic<int64_t> next{0};
-  auto work = [&](int64_t thread) {
+  std::atomic<int64_t> next{0}, threads{0};
+  auto work = [&] {
+    const int64_t thread = threads++;
+    if (thread >= call->threads) return;
     for (int64_t unit; (unit = next.fetch_add(few)) < end;)
       for (int64_t i = unit; i < std::min(unit + few, end); ++i) version.run(*call, i, call->workspace + thread * floats);
   };
+  if (region && call->threads > 1)
+    return region([](void* data) { (*static_cast<decltype(work)*>(data))(); }, &work, unsigned(call->threads), 0);
   std::vector<std::thread> others;
   try {
-    for (int64_t thread = 1; thread < call->threads; ++thread) others.emplace_back(work, thread);
+    for (int64_t thread = 1; thread < call->threads; ++thread) others.emplace_back(work);
   } catch (const std::system_error&) {  // no thread to be had: those that there are do it all
   }
-  work(0);
+  work();
   for (std::thread& other : others) other.join();
 }
