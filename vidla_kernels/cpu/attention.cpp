@@ -111,10 +111,19 @@ struct Block {
   int vectors() const { return (lanes + W - 1) / W; }
 };
 
+// to (keys, lanes) = rows (keys, D) * columns (D, lanes), in sums of 32 products: one long sum would round more, and in scores
+// of some hundreds a softmax makes it large.
+void dots(const Work& w, const Block& at, const float* rows, const float* columns, float* to) {
+  const int row = at.vectors() * W;
+  for (int d = 0; d < w.D; d += 32)
+    product(at.keys(), at.vectors(), w.D - d < 32 ? w.D - d : 32, rows + int64_t(at.from) * w.width + d, w.width, 1,
+            columns + d * row, row, to, row, d > 0);
+}
+
 void scores(Work& w, const Block& at) {
   int row = at.vectors() * W;
   transpose(w.q + int64_t(at.first) * w.width, w.width, at.lanes, w.D, w.call.scale * LOG2E, w.qt, row);
-  product(at.keys(), at.vectors(), w.D, w.k + int64_t(at.from) * w.width, w.width, 1, w.qt, row, w.s, row);
+  dots(w, at, w.k, w.qt, w.s);
   for (int k = at.from; k < at.own; ++k)  // keys of the patches alone
     for (int i = at.patches; i < at.lanes; ++i) w.s[(k - at.from) * row + i] = -INF;
   if (at.among_summary)
@@ -200,7 +209,7 @@ void attend_backward(Work& w, const Block& at, const float* lse, bool fresh) {
   scores(w, at);
   int row = at.vectors() * W, wide = w.width / W;
   transpose(w.d_out + int64_t(at.first) * w.width, w.width, at.lanes, w.D, 1.f, w.dt, row);
-  product(at.keys(), at.vectors(), w.D, w.v + int64_t(at.from) * w.width, w.width, 1, w.dt, row, w.ds, row);
+  dots(w, at, w.v, w.dt, w.ds);
   if (!lse) softmax(w.s, at.keys(), at.vectors(), w.top, w.total);
   softmax_backward(w.s, w.ds, at.keys(), at.vectors(), lse, w.total, w.delta, at.among_summary ? 0 : at.patches, w.call.scale);
   int64_t width = w.width, from = at.from * width, own = at.own * width, corner = int64_t(at.own - at.from) * row;

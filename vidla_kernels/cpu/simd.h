@@ -48,14 +48,14 @@ inline Vec log2(Vec x) {
   return y;
 }
 
-// c (R, C*W) (+)= a (R, depth) * b (depth, C*W), all sums in registers. Each sum runs over `depth` in order, whatever the tile.
+// c (R, C*W) (+)= a (R, depth) * b (depth, C*W), all sums in registers: each over `depth` in order, whatever the tile.
 template <int R, int C>
 void tile(int depth, const float* a, long a_row, long a_step, const float* b, long b_row, float* c, long c_row, bool add) {
   Vec sum[R][C];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int j = 0; j < C; ++j) sum[r][j] = add ? load(c + r * c_row + j * W) : Vec{};
+    for (int j = 0; j < C; ++j) sum[r][j] = Vec{};
   for (int k = 0; k < depth; ++k, a += a_step, b += b_row) {
     Vec right[C];
 #pragma GCC unroll 8
@@ -70,7 +70,10 @@ void tile(int depth, const float* a, long a_row, long a_step, const float* b, lo
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int j = 0; j < C; ++j) store(c + r * c_row + j * W, sum[r][j]);
+    for (int j = 0; j < C; ++j) {
+      float* at = c + r * c_row + j * W;
+      store(at, add ? load(at) + sum[r][j] : sum[r][j]);
+    }
 }
 
 template <int C> using Tile = void (*)(int, const float*, long, long, const float*, long, float*, long, bool);
