@@ -37,6 +37,8 @@ import numpy as np
 import tyro
 from PIL import Image
 
+from vidla_kernels.files import cache_folder
+
 from . import sampling
 from .shards import ClipMeta, ShardWriter
 
@@ -280,8 +282,8 @@ def _describe(
 
 
 def default_folder(cache_dir: str | Path | None, clips: int, test_clips: int, seed: int) -> Path:
-    """Where `make_default` keeps the data: cache_dir, else $VIDLA_CACHE, else ~/.cache/vidla; a name for each content."""
-    cache = Path(cache_dir or os.environ.get("VIDLA_CACHE") or Path.home() / ".cache" / "vidla").expanduser()
+    """Where `make_default` keeps the data: cache_dir, else the user's cache; a name for each content."""
+    cache = Path(cache_dir or cache_folder()).expanduser()
     said = repr(
         (VERSION, clips, test_clips, seed, SIZE, DIGIT, GRID, FPS, EVENT_FRAMES, TEST_EVERY, MISSING, MOTIONS, OPENINGS)
     )

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from . import available_backends, cuda_binding
+from . import available_backends, cpu_binding, cuda_binding
 from .backends import NAMES, missing
 
 
@@ -31,6 +31,12 @@ def describe(device: torch.device) -> str:
 def main() -> None:
     packages = ("vidla", "torch", "triton", "xformers")
     print("  ".join(f"{name} {version(name)}" for name in packages), f" Python {sys.version.split()[0]}")
+    native = cpu_binding.missing()
+    print(
+        f"portable runs float32 on a CPU in torch: the native kernels are missing, {native}"
+        if native
+        else f"portable runs float32 on a CPU natively ({cpu_binding.VERSIONS[cpu_binding.version()]}): {cpu_binding.LIBRARY}"
+    )
     print(cuda_binding.not_built() or f"the CUDA kernels are built: {cuda_binding.LIBRARY}")
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] + [torch.device("cpu")]
     for device in devices:

@@ -22,6 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
+from . import files
+
 SOURCES = Path(__file__).parent / "cuda"
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wno-unknown-pragmas")
 FLAGS += ("-DVIDLA_EMULATE", "-U_FORTIFY_SOURCE")
@@ -41,14 +43,8 @@ def missing() -> str | None:
 
 
 def digest() -> str:
-    """What the sources are: the hash of the files' hashes, which CMakeLists.txt puts into the library it builds."""
-    files = sorted(path for path in SOURCES.iterdir() if path.suffix in (".cu", ".cuh", ".h"))
-    return hashlib.sha256("".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in files).encode()).hexdigest()
-
-
-def cache_folder() -> Path:
-    """Where compiled libraries are kept: $VIDLA_CACHE, else ~/.cache/vidla."""
-    return Path(os.environ.get("VIDLA_CACHE") or Path.home() / ".cache" / "vidla").expanduser()
+    """What the sources are; CMakeLists.txt puts the same into the library it builds."""
+    return files.digest(SOURCES, (".cu", ".cuh", ".h"))
 
 
 def compile_library(sources: Path, target: Path, flags: tuple[str, ...] = (), processes: int | None = None) -> None:
@@ -82,7 +78,7 @@ def library() -> ctypes.CDLL:
     Raises: RuntimeError, OSError saying what to do where it cannot be compiled or kept.
     """
     name = hashlib.sha256((digest() + " ".join(FLAGS)).encode()).hexdigest()[:12]
-    folder = cache_folder()
+    folder = files.cache_folder()
     kept = folder / f"cuda-emulated-{name}.so"
     if not kept.exists():
         try:

@@ -2,7 +2,8 @@
 
 `reference` and `portable` are plain torch functions: autograd, autocast and torch.compile see through them. Kernel backends
 run behind the registered operators `torch.ops.vidla_kernels.tube_attention` and `.hierarchical_attention`, which
-torch.compile keeps whole and whose backward is an operator of its own.
+torch.compile keeps whole and whose backward is an operator of its own. There "native" is one more: the CPU kernels behind
+`portable`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from functools import cache, partial
 
 import torch
 
-from . import cuda_binding, portable, reference
+from . import cpu_binding, cuda_binding, portable, reference
 from .backends import Case, choose, for_pass
 from .layout import TokenLayout
 
@@ -104,13 +105,21 @@ def _rows_contiguous(qkv: torch.Tensor) -> torch.Tensor:
     return qkv if qkv.stride(-1) == 1 else qkv.contiguous()
 
 
+def _tube_kernels(backend: str) -> tuple[Callable, Callable]:
+    """Forward and backward."""
+    if backend == "native":
+        return cpu_binding.tube_forward, cpu_binding.tube_backward
+    from . import triton_tube
+
+    return triton_tube.forward, triton_tube.backward
+
+
 @torch.library.custom_op(
     f"{NAMESPACE}::tube_attention", mutates_args=(), schema="(Tensor qkv, int[] layout, float scale, str backend) -> Tensor"
 )
 def _tube(qkv, layout, scale, backend):
-    from . import triton_tube
-
-    return triton_tube.forward(_rows_contiguous(qkv), _layout(*layout), scale)
+    forward, _ = _tube_kernels(backend)
+    return forward(_rows_contiguous(qkv), _layout(*layout), scale)
 
 
 @torch.library.custom_op(
@@ -119,14 +128,15 @@ def _tube(qkv, layout, scale, backend):
     schema="(Tensor grad_out, Tensor qkv, int[] layout, float scale, str backend) -> Tensor",
 )
 def _tube_backward(grad_out, qkv, layout, scale, backend):
-    from . import triton_tube
-
-    return triton_tube.backward(grad_out.contiguous(), _rows_contiguous(qkv), _layout(*layout), scale)
+    _, backward = _tube_kernels(backend)
+    return backward(grad_out.contiguous(), _rows_contiguous(qkv), _layout(*layout), scale)
 
 
 def _hierarchical_kernel(plan: str, name: str) -> Callable:
     """The function of one pass, "forward" or "backward"."""
     backend, variant = for_pass(plan, name)
+    if backend == "native":
+        return getattr(cpu_binding, name)
     if backend == "cuda":
         return partial(getattr(cuda_binding, name), variant=variant)
     from . import triton_hierarchical, triton_hierarchical_backward

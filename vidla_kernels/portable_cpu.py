@@ -1,9 +1,10 @@
-"""The portable backend on a CPU without torch.compile: the same mathematics as portable.py, with the backward written out.
+"""The portable backend on a CPU without torch.compile: native kernels where there are any for the call (cpu_binding.py), else
+in torch the same mathematics as portable.py, with the backward written out.
 
-What costs time on a CPU is not the products but passing through memory, above all through memory that was asked for anew:
-autograd's backward of a slice or of a concatenation fills, copies and adds whole tensors. Here every gradient is written
+In torch, what costs time on a CPU is not the products but passing through memory, above all through memory that was asked for
+anew: autograd's backward of a slice or of a concatenation fills, copies and adds whole tensors. Here every gradient is written
 where it belongs, and what lies between is a clip's share (hierarchical) or a few tubes' (tube attention), which stays in
-the cache and is used again for the next.
+the cache and is used again for the next. The native kernels go through memory once.
 
 Measurements: docs/results.md. Neither function can be differentiated twice.
 """
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 
 import torch
 
+from . import cpu_binding
 from .layout import TokenLayout
 
 # torch's CPU flash attention. The operators themselves, because a backward that writes in place needs both halves.
@@ -29,11 +31,15 @@ _ROWS = 4096
 
 def tube(qkv: torch.Tensor, layout: TokenLayout, scale: float) -> torch.Tensor:
     """Tube attention, paper equation 1 without norm, projections and residual. (B, T*N, 3, H, D) -> (B, T*N, H, D)."""
+    if cpu_binding.refuses(qkv) is None:
+        return torch.ops.vidla_kernels.tube_attention(qkv, layout.to_ints(), scale, "native")
     return _Tube.apply(qkv, layout, scale)[0]
 
 
 def hierarchical(qkv: torch.Tensor, layout: TokenLayout, scale: float) -> torch.Tensor:
     """Hierarchical attention, paper equation 2 without norm, projections and MLP. (B, S, 3, H, D) -> (B, S, H, D)."""
+    if cpu_binding.refuses(qkv) is None:
+        return torch.ops.vidla_kernels.hierarchical_attention(qkv, layout.to_ints(), scale, "native")[0]
     if qkv.stride(-1) != 1:  # which torch's operator takes for granted
         qkv = qkv.contiguous()
     return _Hierarchical.apply(qkv, layout, scale)[0]

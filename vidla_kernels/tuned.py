@@ -24,13 +24,14 @@ from typing import Any
 
 import torch
 
+from . import files
+
 FORMAT = 1
 
 
 def path() -> Path:
-    """The file: tuned.json in $VIDLA_CACHE, else in vidla/ of $XDG_CACHE_HOME, else of ~/.cache."""
-    cache = os.environ.get("VIDLA_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vidla"
-    return Path(cache).expanduser() / "tuned.json"
+    """The file: tuned.json in the user's cache."""
+    return files.cache_folder() / "tuned.json"
 
 
 def _version(package: str) -> str:

@@ -56,11 +56,11 @@ def library(arch: int) -> tuple[Path, ctypes.CDLL]:
     Raises:
         RuntimeError: nvcc failed; the message is its own.
     """
-    from vidla_kernels import cuda_binding, cuda_emulate
+    from vidla_kernels import cuda_binding, cuda_emulate, files
 
     recorder = Path(__file__).with_name("recorder.cpp")
     name = hashlib.sha256((cuda_emulate.digest() + recorder.read_text() + version()).encode()).hexdigest()[:12]
-    target = cuda_emulate.cache_folder() / f"cuda-recorded-{ARCHITECTURES[arch]}-{name}.so"
+    target = files.cache_folder() / f"cuda-recorded-{ARCHITECTURES[arch]}-{name}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         made = target.with_suffix(f".{os.getpid()}")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vidla_kernels import cuda_binding, triton_hierarchical, triton_hierarchical_backward, triton_tube
+from vidla_kernels import cpu_binding, cuda_binding, triton_hierarchical, triton_hierarchical_backward, triton_tube
 
 
 class PoisonedTorch:
@@ -23,5 +23,5 @@ class PoisonedTorch:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (triton_tube, triton_hierarchical, triton_hierarchical_backward, cuda_binding):
+    for module in (triton_tube, triton_hierarchical, triton_hierarchical_backward, cuda_binding, cpu_binding):
         monkeypatch.setattr(module, "torch", PoisonedTorch())

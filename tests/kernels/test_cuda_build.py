@@ -1,7 +1,6 @@
 """The library for GPUs, where nvcc is: all shipped tilings compile for A100 and H100, and none spills a register.
 
-An installed library is looked at if it was built from these sources; else CMake builds one, in minutes, for the user's
-cache, where the next run finds it.
+Building it takes minutes where the installed one is not of these sources (build.py).
 """
 
 import ctypes
@@ -10,7 +9,6 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,7 +16,9 @@ import torch
 from vidla_kernels import cuda_binding, cuda_emulate
 from vidla_kernels.tiles import HEAD_DIMS
 
-ROOT = Path(__file__).parents[2]
+from . import build
+from .build import Built
+
 ARCHS = ("sm_80", "sm_90a")
 # Bytes that a thread of the backward stores to its stack at these head dimensions; everything else keeps to registers.
 KNOWN_SPILLS = {80: 32, 96: 80}
@@ -33,38 +33,10 @@ def cuobjdump() -> str | None:
     return shutil.which("cuobjdump", path=f"{os.environ['PATH']}:{Path(triton.__file__).parent}/backends/nvidia/bin")
 
 
-def sources_of(library: Path) -> str:
-    lib = ctypes.CDLL(str(library))
-    lib.vidla_sources.restype = ctypes.c_char_p
-    return lib.vidla_sources().decode()
-
-
-class Built(NamedTuple):
-    library: Path
-    log: str  # what the compiler said, with ptxas -v's account of each kernel
-
-
 @pytest.fixture(scope="module")
-def built(tmp_path_factory) -> Built:
-    """The library for GPUs, built from the sources as they are."""
-    installed = cuda_binding.LIBRARY
-    if installed.exists() and installed.with_suffix(".log").exists() and sources_of(installed) == cuda_emulate.digest():
-        return Built(installed, installed.with_suffix(".log").read_text())
-    for program in ("nvcc", "cmake"):
-        if shutil.which(program) is None and not (program == "nvcc" and os.environ.get("CUDACXX")):
-            pytest.skip(f"{program} was not found, and no library built from these sources is installed")
-    kept = cuda_emulate.cache_folder() / f"cuda-built-{cuda_emulate.digest()[:12]}.so"
-    log = kept.with_suffix(".log")
-    if not (kept.exists() and log.exists()):
-        folder, said = tmp_path_factory.mktemp("build"), ""
-        for command in (["cmake", "-S", ROOT, "-B", folder], ["cmake", "--build", folder, "--parallel", "2"]):
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            assert done.returncode == 0, done.stdout[-4000:]
-            said += done.stdout
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text(said)
-        shutil.move(folder / "libvidla_cuda.so", kept)
-    return Built(kept, log.read_text())
+def built() -> Built:
+    """The library for GPUs, built from the sources as they are, with ptxas -v's account of each kernel in its log."""
+    return build.built("cuda")
 
 
 def spills_of(log: str, arch: str) -> dict[str, str]:
@@ -81,7 +53,7 @@ def spills_of(log: str, arch: str) -> dict[str, str]:
 
 
 def test_cmake_and_python_agree_on_what_the_sources_are(built):
-    assert sources_of(built.library) == cuda_emulate.digest()
+    assert build.sources_of(built.library, "cuda") == cuda_emulate.digest()
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -115,8 +87,7 @@ def test_later_gpus_find_ptx(built):
 
 def test_only_the_launchers_are_exported(built):
     """Two CUDA runtimes in one process must not see each other."""
-    listed = subprocess.run(["nm", "-D", "--defined-only", built.library], capture_output=True, text=True, check=True).stdout
-    names = [line.split()[-1] for line in listed.splitlines()]
+    names = build.exported(built.library)
     assert names
     assert all(name.startswith("vidla_") for name in names)
 
