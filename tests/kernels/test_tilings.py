@@ -80,6 +80,18 @@ def test_rows_behind_whole_tiles(layout, launches, monkeypatch, device, seed):
         assert options["LAST"] == 16
 
 
+# Frames whose backward is one program: B/16, a full tile of rows, a tail that is a whole key tile, none at all.
+@pytest.mark.parametrize("layout", [(3, 196), (2, 243), (2, 240, 3, 4, 2, True), (1, 192, 0, 0, 1)], ids=str)
+def test_backward_with_all_rows_of_a_frame_at_once(layout, launches, monkeypatch, device, seed):
+    if device.type == "cpu":
+        monkeypatch.setattr(tiles, "DEFAULT_ARCH", 90)
+    case = Case(TokenLayout(*layout), batch=2, heads=1, dtype=torch.float16)
+    skip_if_refused("hierarchical", "triton", case, device)
+    compare(case, device)
+    if device.type == "cpu":
+        assert [name for name, _ in launches].count("_frame_kernel") == 2
+
+
 def test_summary_rows_without_a_frame_in_a_span(monkeypatch, device, seed):
     """Every frame a program of its own: most rows of the higher levels see nothing of most programs."""
     monkeypatch.setattr(triton_hierarchical, "_frames_a_program", lambda heads, T, programs: 1)
