@@ -34,6 +34,8 @@ class Tile:
         registers: most registers a thread may have (0: as many as the compiler likes).
         programs: how many of them an SM runs at a time, where a launcher cuts its work by that.
         keep: hier_backward_frames only: whether sums over frames stay in registers from frame to frame.
+        over: hier_forward_stream only: as many rows or fewer behind a frame's whole tiles get no tile; several frames' are
+            done by one program.
     """
 
     rows: int
@@ -43,9 +45,10 @@ class Tile:
     registers: int = 0
     programs: int = 1
     keep: bool = False
+    over: int = 0
 
     def __post_init__(self) -> None:
-        least = {"rows": 1, "keys": 1, "warps": 1, "stages": 1, "registers": 0, "programs": 1}
+        least = {"rows": 1, "keys": 1, "warps": 1, "stages": 1, "registers": 0, "programs": 1, "over": 0}
         if wrong := [name for name in least if type(getattr(self, name)) is not int or getattr(self, name) < least[name]]:
             raise ValueError(f"{', '.join(wrong)} of {self} must be positive integers")
 
@@ -115,11 +118,16 @@ _ROWS: dict[tuple[str, tuple[int, ...], str, tuple[int, ...]], tuple[Tile, ...]]
     # them in a loop, for there is none: the replay gives them 3 % of the waiting.
     ("hier_forward_resident", (90,), "half", (64,)): (Tile(128, 128, 8, registers=128),),
     # All others. mma.sync reads keys from shared memory for each 16 rows of a warp: 32 rows a warp halve that. 168 registers
-    # for three programs an SM: B/16 378 us where 242 registers take 455 and 64 rows 401 to 541 (floor 253).
-    ("hier_forward_stream", (80,), "half", (32, 64)): (Tile(128, 32, 4, 3, registers=168),),
-    # Five small programs an SM hide each other's loads better than pipelining does, which takes shared memory from them. L/14
-    # (H=16) 432 us (floor 270), L2 384 of them; 128 rows 537 to 594, 32 keys 457 to 489.
-    ("hier_forward_stream", (90,), "half", (32, 64)): (Tile(64, 64, 4, 1, registers=96),),
+    # for three programs an SM: B/16 398 us where 242 registers take 455 and 64 rows 401 to 541 (floor 253). L/14 (H=16) 694
+    # (floor 440), 970 if the 13 summary rows take a third tile.
+    ("hier_forward_stream", (80,), "half", (32, 64)): (Tile(128, 32, 4, 3, registers=168, over=16),),
+    # Small programs, many an SM, hide each other's loads better than pipelining does, which takes shared memory from them. L/14
+    # (floor 270): 128 rows 387 us, where keys cross L2 three times a frame; 64 rows 421, five times, 398 of it L2's. 64 keys
+    # or 8 warps 403 to 426.
+    ("hier_forward_stream", (90,), "half", (32, 64)): (
+        Tile(64, 64, 4, 1, registers=96),
+        Tile(128, 32, 4, 1, registers=128, over=16),
+    ),
     ("hier_forward_stream", (80,), "half", (80, 96, 128)): (Tile(64, 32, 4, 2),),
     ("hier_forward_stream", (90,), "half", (80, 96, 128)): (Tile(64, 32, 4, 3),),
     # Backward, frames whose N + G rows fit one tile; () where no tile goes without spills. dQ, dK and dV are 96 registers.
@@ -129,6 +137,9 @@ _ROWS: dict[tuple[str, tuple[int, ...], str, tuple[int, ...]], tuple[Tile, ...]]
     ("hier_backward_frames", (90,), "half", (32, 64)): (Tile(64, 64, 4, 3, keep=True),),
     ("hier_backward_frames", (80, 90), "half", (80, 96, 128)): (),
     ("hier_backward_frames", (80, 90), "fp32", HEAD_DIMS): (),
+    # B/16: one program of 8 warps an SM, 255 registers, and yet less waiting than in two kernels that read everything twice:
+    # 664 us where those take 745. At 128 registers two programs run, 16 keys at a time: 557, but 19 spills in the loop.
+    ("hier_backward_frame", (90,), "half", (64,)): (Tile(256, 64, 8, 3),),
     # Larger frames: of several tiles that which pads least, N=196 to 256 rows either way, N=256 to 320 instead of 384.
     # 8 warps at 128 registers are 2 programs, one more register and it is one; fewer programs read each key, so L2 moves less.
     ("hier_backward_rows", (80,), "half", (32, 64)): (Tile(64, 32, 4, 3),),

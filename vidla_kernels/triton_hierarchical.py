@@ -11,7 +11,9 @@ Forward: three cuts of the same work, by the shape of a frame and the architectu
                     operands. A row tile folds a key tile at a time, the last two together.
   _stream_kernel    All others, and mma.sync, which would copy resident keys to registers. Owns one tile of query rows of one
                     (frame, head, batch) and walks over the frame's keys, the masked tail first; the row tiles of a frame lie
-                    next to each other in the grid and share its keys through L2.
+                    next to each other in the grid and share its keys through L2. Where few rows lie behind a frame's whole
+                    tiles (L/14: 13 behind 2 x 128), a program beside them owns those of several frames, a frame for each of
+                    its warps: in a tile of their own they would cost as much as 128 patches.
   _combine_kernel   Owns a tile of summary rows of one (head, batch): the summary corner, then the programs' shares, in order.
   Patch keys carry no mask; what is left of the frame and the summary keys form the tail, which does where it must. A score
   costs one fused multiply-add before its exponential: maxima are taken before scaling, all is in base 2. For a summary row
@@ -25,6 +27,7 @@ run. Shares of summary tokens take B*H*T*G output rows, fewer in the walk: linea
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
@@ -78,12 +81,25 @@ def _finish_rows(p_row, p_lse, acc, m, l, m_row, dtype: tl.constexpr, COLS: tl.c
     tl.store(p_lse, m + common.log2(l), mask=m_row)
 
 
+# The steps of the softmax take tiles of rows of one frame, (rows, columns), or of several frames, (frames, rows, columns).
+
+
+@triton.jit
+def _transposed(x):
+    """Rows and columns exchanged, of each frame where there are several."""
+    if len(x.shape) == 3:
+        y = tl.trans(x, 0, 2, 1)
+    else:
+        y = tl.trans(x)
+    return y
+
+
 @triton.jit
 def _scores(b_q, b_k, visible, PRECISION: tl.constexpr):
     """q @ k^T, not scaled; HIDDEN where not visible. `visible` is None where every row sees every key."""
-    s = common.dot(b_q[0], tl.trans(b_k[0]), PRECISION)
+    s = common.dot(b_q[0], _transposed(b_k[0]), PRECISION)
     for i in tl.static_range(1, len(b_q)):
-        s += common.dot(b_q[i], tl.trans(b_k[i]), PRECISION)
+        s += common.dot(b_q[i], _transposed(b_k[i]), PRECISION)
     if visible is not None:
         s = tl.where(visible, s, common.HIDDEN)
     return s
@@ -94,7 +110,7 @@ def _accumulate(acc, shrink, p, b_v, PRECISION: tl.constexpr):
     """acc * shrink + p @ v, tile by tile of columns."""
     b = ()
     for i in tl.static_range(len(b_v)):
-        b = b + (acc[i] * shrink[:, None] + common.dot(common.to(p, b_v[i].dtype), b_v[i], PRECISION),)
+        b = b + (acc[i] * tl.expand_dims(shrink, -1) + common.dot(common.to(p, b_v[i].dtype), b_v[i], PRECISION),)
     return b
 
 
@@ -104,10 +120,10 @@ def _softmax_step(s, b_v, acc, m, l, scale2, PRECISION: tl.constexpr):
 
     The maximum is taken before scaling (scale2 > 0), so that scaling and subtracting it are one instruction a score.
     """
-    m_new = tl.maximum(m, tl.max(s, 1) * scale2)
-    p = tl.exp2(s * scale2 - m_new[:, None])
+    m_new = tl.maximum(m, tl.max(s, -1) * scale2)
+    p = tl.exp2(s * scale2 - tl.expand_dims(m_new, -1))
     shrink = tl.exp2(m - m_new)
-    return _accumulate(acc, shrink, p, b_v, PRECISION), m_new, l * shrink + tl.sum(p, 1)
+    return _accumulate(acc, shrink, p, b_v, PRECISION), m_new, l * shrink + tl.sum(p, -1)
 
 
 @triton.jit
@@ -262,7 +278,157 @@ def _resident_kernel(
             _finish_rows(p_row, p_l, acc, m, l, r < N + G, p_out.dtype.element_ty, COLS)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit
+def _row_tile(
+    p_qkv,
+    p_out,
+    p_lse,
+    p_part,
+    p_part_lse,
+    s_b,
+    s_c,
+    s_h,
+    scale2,
+    T,
+    i_frame,
+    i_tile,
+    H: tl.constexpr,
+    N: tl.constexpr,
+    G: tl.constexpr,
+    FIRST: tl.constexpr,
+    D: tl.constexpr,
+    S_T: tl.constexpr,
+    COLS: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    TAIL: tl.constexpr,
+    PATCHES: tl.constexpr,  # the tile has no other rows
+    STAGES: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Row tile i_tile of a frame, over all of the frame's keys."""
+    f, i_bf, i_bh, i_b, i_h = frames.frame(i_frame, T, H)
+    p_q = p_qkv + i_b * s_b + i_h * s_h + _offsets(G + f * N, S_T, WIDE)
+    p_k = p_q + s_c
+
+    r = i_tile * ROWS + tl.arange(0, ROWS)
+    m_r = None
+    if PATCHES:
+        b_q = _read(p_q, _offsets(r, S_T, WIDE), None, COLS)
+    else:
+        m_r = r < N + G
+        b_q = _frame_queries(p_q, r, f, N, G, S_T, COLS, WIDE)
+    acc, m, l = _no_keys_yet(ROWS, COLS)
+    # The tail first: its loads share their latency with those of q and of the pipeline. Rows that see none of it are put right
+    # by the patches: exp2(HIDDEN - m) = 0.
+    for o in tl.static_range(WHOLE * KEYS, N + G - FIRST, TAIL):
+        c = o + tl.arange(0, TAIL)
+        b_kt, b_vt = _frame_keys(p_k, s_c, f, o, o + TAIL, N, G, FIRST, S_T, COLS, WIDE)
+        visible = (c < N + G - FIRST)[None]
+        if not PATCHES:
+            visible = visible & ((r < N)[:, None] | (c < N)[None])
+        acc, m, l = _softmax_step(_scores(b_q, b_kt, visible, PRECISION), b_vt, acc, m, l, scale2, PRECISION)
+    o_k = _offsets(tl.arange(0, KEYS), S_T, WIDE)
+    for i in tl.range(0, frames.opaque(WHOLE, T), num_stages=STAGES):
+        p_ki = p_k + _offsets(i * KEYS, S_T, WIDE)
+        b_k = _read(p_ki, o_k, None, COLS)
+        b_v = _read(p_ki + s_c, o_k, None, COLS)
+        acc, m, l = _softmax_step(_scores(b_q, b_k, None, PRECISION), b_v, acc, m, l, scale2, PRECISION)
+    p_row, p_l = _frame_rows(p_out, p_lse, p_part, p_part_lse, f, i_bf, i_bh, i_b, i_h, r, T, H, N, G, D)
+    _finish_rows(p_row, p_l, acc, m, l, m_r, p_out.dtype.element_ty, COLS)
+
+
+@triton.jit
+def _read_each(p, o_row, m_row, COLS: tl.constexpr):
+    """`_read` in several frames: rows that start at p[:, None] + o_row."""
+    b = ()
+    for i in tl.static_range(len(COLS) - 1):
+        p_i = p[:, None, None] + (o_row[:, :, None] + (COLS[i] + tl.arange(0, COLS[i + 1] - COLS[i]))[None, None])
+        if m_row is None:
+            b = b + (tl.load(p_i),)
+        else:
+            b = b + (tl.load(p_i, mask=m_row[:, :, None], other=0.0),)
+    return b
+
+
+@triton.jit
+def _last_rows(
+    p_qkv,
+    p_out,
+    p_lse,
+    p_part,
+    p_part_lse,
+    s_b,
+    s_c,
+    s_h,
+    scale2,
+    T,
+    i_frame,
+    COUNT,
+    H: tl.constexpr,
+    N: tl.constexpr,
+    G: tl.constexpr,
+    FIRST: tl.constexpr,
+    D: tl.constexpr,
+    S_T: tl.constexpr,
+    COLS: tl.constexpr,
+    FROM: tl.constexpr,
+    LAST: tl.constexpr,
+    EACH: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Rows FROM..N+G, at most LAST of them, of the EACH frames from i_frame on: a warp has the rows and keys of one frame."""
+    # Small tiles of keys, for those of several frames are in flight. Stages hide their way from L2 (predicted for L/14 on
+    # H100: 387 us; with two stages 399, with one 409).
+    KEYS: tl.constexpr = 16
+    STAGES: tl.constexpr = 3
+    i_f = i_frame + tl.arange(0, EACH)
+    there = i_f < COUNT
+    f, i_bf, i_bh, i_b, i_h = frames.frame(tl.minimum(i_f, COUNT - 1), T, H)
+    p_q = p_qkv + i_b * s_b + i_h * s_h + _offsets(G + f * N, S_T, WIDE)
+    p_k = p_q + s_c
+
+    r = FROM + tl.arange(0, LAST)
+    m_r = there[:, None] & (r < N + G)[None]
+    o_r = tl.where((r < N)[None], r[None], r[None] - N - G - f[:, None] * N)
+    b_q = _read_each(p_q, _offsets(o_r, S_T, WIDE), m_r, COLS)
+    acc = ()
+    for i in tl.static_range(len(COLS) - 1):
+        acc = acc + (tl.zeros([EACH, LAST, COLS[i + 1] - COLS[i]], tl.float32),)
+    m = tl.full([EACH, LAST], common.HIDDEN, tl.float32)
+    l = tl.zeros([EACH, LAST], tl.float32)
+    END: tl.constexpr = N + G - FIRST if FROM < N else N  # summary rows see patches alone
+    for o in tl.static_range(N // KEYS * KEYS, END, KEYS):
+        c = o + tl.arange(0, KEYS)
+        o_c = _offsets(tl.where((c < N)[None], c[None], c[None] - N + FIRST - G - f[:, None] * N), S_T, WIDE)
+        m_c = there[:, None] & (c < N + G - FIRST)[None]
+        b_kt = _read_each(p_k, o_c, m_c, COLS)
+        b_vt = _read_each(p_k + s_c, o_c, m_c, COLS)
+        visible = (c < N + G - FIRST)[None, None] & ((r < N)[None, :, None] | (c < N)[None, None])
+        acc, m, l = _softmax_step(_scores(b_q, b_kt, visible, PRECISION), b_vt, acc, m, l, scale2, PRECISION)
+    o_k = _offsets(tl.arange(0, KEYS), S_T, WIDE)[None]
+    for i in tl.range(0, frames.opaque(N // KEYS, T), num_stages=STAGES):
+        p_ki = p_k + _offsets(i * KEYS, S_T, WIDE)
+        b_k = _read_each(p_ki, o_k, None, COLS)
+        b_v = _read_each(p_ki + s_c, o_k, None, COLS)
+        acc, m, l = _softmax_step(_scores(b_q, b_k, None, PRECISION), b_v, acc, m, l, scale2, PRECISION)
+
+    # What is written is one list of rows.
+    i_r = tl.arange(0, EACH * LAST)
+    i_f, r = i_frame + i_r // LAST, FROM + i_r % LAST
+    f, i_bf, i_bh, i_b, i_h = frames.frame(tl.minimum(i_f, COUNT - 1), T, H)
+    p_row, p_l = _frame_rows(p_out, p_lse, p_part, p_part_lse, f, i_bf, i_bh, i_b, i_h, r, T, H, N, G, D)
+    rows = ()
+    for i in tl.static_range(len(COLS) - 1):
+        rows = rows + (tl.reshape(acc[i], [EACH * LAST, COLS[i + 1] - COLS[i]]),)
+    m, l = tl.reshape(m, [EACH * LAST]), tl.reshape(l, [EACH * LAST])
+    _finish_rows(p_row, p_l, rows, m, l, (i_f < COUNT) & (r < N + G), p_out.dtype.element_ty, COLS)
+
+
+@triton.jit(do_not_specialize=["T", "COUNT"])
 def _stream_kernel(
     p_qkv,
     p_out,
@@ -274,6 +440,7 @@ def _stream_kernel(
     s_h,
     scale,
     T,
+    COUNT,  # B * H * T, frames of all heads
     H: tl.constexpr,
     N: tl.constexpr,
     G: tl.constexpr,
@@ -285,34 +452,34 @@ def _stream_kernel(
     KEYS: tl.constexpr,
     WHOLE: tl.constexpr,  # key tiles of patches only
     TAIL: tl.constexpr,
+    LAST: tl.constexpr,  # 0, or the size of the tile for rows behind the whole tiles
+    EACH: tl.constexpr,  # frames that share a program for those
     STAGES: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    TILES: tl.constexpr = (N + G + ROWS - 1) // ROWS
-    f, i_bf, i_bh, i_b, i_h = frames.frame(tl.program_id(0) // TILES, T, H)
-    p_q = p_qkv + i_b * s_b + i_h * s_h + _offsets(G + f * N, S_T, WIDE)
-    p_k = p_q + s_c
+    i = tl.program_id(0)
     scale2 = scale * common.LOG2E
-
-    r = tl.program_id(0) % TILES * ROWS + tl.arange(0, ROWS)
-    b_q = _frame_queries(p_q, r, f, N, G, S_T, COLS, WIDE)
-    acc, m, l = _no_keys_yet(ROWS, COLS)
-    # The tail first: its loads share their latency with those of q and of the pipeline. Rows that see none of it are put right
-    # by the patches: exp2(HIDDEN - m) = 0.
-    for o in tl.static_range(WHOLE * KEYS, N + G - FIRST, TAIL):
-        c = o + tl.arange(0, TAIL)
-        b_kt, b_vt = _frame_keys(p_k, s_c, f, o, o + TAIL, N, G, FIRST, S_T, COLS, WIDE)
-        visible = (c < N + G - FIRST)[None] & ((r < N)[:, None] | (c < N)[None])
-        acc, m, l = _softmax_step(_scores(b_q, b_kt, visible, PRECISION), b_vt, acc, m, l, scale2, PRECISION)
-    o_k = _offsets(tl.arange(0, KEYS), S_T, WIDE)
-    for i in tl.range(0, frames.opaque(WHOLE, T), num_stages=STAGES):
-        p_ki = p_k + _offsets(i * KEYS, S_T, WIDE)
-        b_k = _read(p_ki, o_k, None, COLS)
-        b_v = _read(p_ki + s_c, o_k, None, COLS)
-        acc, m, l = _softmax_step(_scores(b_q, b_k, None, PRECISION), b_v, acc, m, l, scale2, PRECISION)
-    p_row, p_l = _frame_rows(p_out, p_lse, p_part, p_part_lse, f, i_bf, i_bh, i_b, i_h, r, T, H, N, G, D)
-    _finish_rows(p_row, p_l, acc, m, l, r < N + G, p_out.dtype.element_ty, COLS)
+    if LAST:
+        TILES: tl.constexpr = (N + G) // ROWS
+        i_frame = i // (EACH * TILES + 1) * EACH
+        i_tile = i % (EACH * TILES + 1)
+        if i_tile < tl.minimum(EACH, COUNT - i_frame) * TILES:
+            _row_tile(
+                p_qkv, p_out, p_lse, p_part, p_part_lse, s_b, s_c, s_h, scale2, T, i_frame + i_tile // TILES, i_tile % TILES,
+                H, N, G, FIRST, D, S_T, COLS, ROWS, KEYS, WHOLE, TAIL, TILES * ROWS <= N, STAGES, WIDE, PRECISION,
+            )  # fmt: skip
+        else:
+            _last_rows(
+                p_qkv, p_out, p_lse, p_part, p_part_lse, s_b, s_c, s_h, scale2, T, i_frame, COUNT,
+                H, N, G, FIRST, D, S_T, COLS, TILES * ROWS, LAST, EACH, WIDE, PRECISION,
+            )  # fmt: skip
+    else:
+        TILES: tl.constexpr = (N + G + ROWS - 1) // ROWS
+        _row_tile(
+            p_qkv, p_out, p_lse, p_part, p_part_lse, s_b, s_c, s_h, scale2, T, i // TILES, i % TILES,
+            H, N, G, FIRST, D, S_T, COLS, ROWS, KEYS, WHOLE, TAIL, False, STAGES, WIDE, PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -517,6 +684,22 @@ def _resident_tiles(tile: tiles.Tile, N: int, G: int, keys: int) -> dict[str, tu
     return {"ROWS": _edges((rows, tile.rows)), "KEYS": _edges((1, tile.keys), (halves, half), (1, frames.tail(rest, half)))}
 
 
+def _stream_tile(choice: Iterable[tiles.Tile], rows: int) -> tuple[tiles.Tile, int]:
+    """The tile that pads a frame of so many rows least, of equals the largest, for which keys come from L2 less often; and the
+    size of the tile for the rows behind its whole tiles, 0 where they take a whole one."""
+
+    def behind(tile: tiles.Tile) -> int:
+        over = rows % tile.rows
+        return frames.tail(over, tile.rows) if rows > tile.rows and 0 < over <= tile.over else 0
+
+    def padded(tile: tiles.Tile) -> int:
+        last = behind(tile)
+        return rows // tile.rows * tile.rows + last if last else triton.cdiv(rows, tile.rows) * tile.rows
+
+    tile = min(choice, key=lambda tile: (padded(tile), -tile.rows))
+    return tile, behind(tile)
+
+
 def forward(qkv: torch.Tensor, layout: TokenLayout, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Hierarchical attention of packed queries, keys and values.
 
@@ -589,21 +772,27 @@ def forward(qkv: torch.Tensor, layout: TokenLayout, scale: float) -> tuple[torch
         if edges:
             launch(_resident_kernel, B * H * T, resident[0], *shares, *strides, FIRST=first, **edges)
         else:
-            tile = find("forward_stream")[0]
+            tile, last = _stream_tile(find("forward_stream"), N + G)
             whole, rest = N // tile.keys, N % tile.keys + G - first
             if not rest:
                 whole, rest = whole - 1, tile.keys
+            programs = B * H * T * triton.cdiv(N + G, tile.rows)
+            if last:
+                programs = B * H * T * ((N + G) // tile.rows) + triton.cdiv(B * H * T, tile.warps)
             launch(
                 _stream_kernel,
-                B * H * T * triton.cdiv(N + G, tile.rows),
+                programs,
                 tile,
                 *shares,
                 *strides,
+                B * H * T,
                 FIRST=first,
                 ROWS=tile.rows,
                 KEYS=tile.keys,
                 WHOLE=whole,
                 TAIL=frames.tail(rest, tile.keys),
+                LAST=last,
+                EACH=tile.warps,
                 STAGES=tile.stages,
             )
         walk = None

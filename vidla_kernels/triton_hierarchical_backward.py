@@ -8,11 +8,15 @@ zero, so main loops carry no masks. delta = rowsum(dO * O) = rowsum(P * dP) neve
                     k, v, dO of a frame once, makes all five products of the tile, and so dQ, dK, dV. The tile holds all keys
                     of a patch row: its delta comes from P and dP, and O is read for summary rows only. What summary rows and
                     keys gain is summed over frames in registers (KEEP), or written frame by frame where these are short.
-  Larger frames, where dQ, dK and dV of a frame exceed the registers of a multiprocessor, in two:
+  Frames of just under 256 rows on wgmma (B/16: 196 + 13):
+  _frame_kernel     Owns one (frame, head, batch). All rows of q and dO stay in shared memory, their dQ in registers, and the
+                    frame's keys pass by in tiles: a tile's dK and dV have all rows at once and leave. Every tensor is read
+                    once; delta from O. P and dS go to shared memory, where the products over rows take them from.
+  Other frames, where dQ, dK and dV of a frame exceed the registers of a multiprocessor, in two:
   _rows_kernel      Owns a tile of query rows of one (frame, head, batch) and walks over the frame's keys.
                     delta from O; it and lse are left for the next kernel in the order of the tile's rows. dQ of its rows.
   _keys_kernel      Owns a tile of keys of one (frame, head, batch) and walks over the frame's rows; dK, dV of its keys.
-  Then for both:
+  Then for all:
   _finish_kernel    Owns a tile of summary tokens of one (head, batch): the gradients of the summary corner, then the parts
                     that the frames left, in their order: dQ of summary rows, dK and dV of summary keys.
 
@@ -120,12 +124,12 @@ def _frames_kernel(
     p_part,  # (B, H, PARTS, 3, G, D) where sums are kept, else (B, H, T, 3, G, D)
     p_rows,
     s_b,
-    s_t,
+    s_t: tl.constexpr,
     s_c,
     s_h,
     scale,
     T,
-    H,
+    H: tl.constexpr,
     SPAN,  # frames that a program walks over
     PARTS,  # programs of a head
     N: tl.constexpr,
@@ -191,6 +195,93 @@ def _frames_kernel(
             dv = tl.zeros([ROWS, BD], tl.float32)
     if KEEP:
         _store_parts(p_part, tl.program_id(0), dq, dk, dv, g, m_g, G, D, BD)
+
+
+@triton.jit
+def _frame_step(q, do, lse, delta, k, v, dq, scale, PRECISION: tl.constexpr):
+    """dq += dS @ k, and dk = dS^T @ q and dv = P^T @ dO of these keys, which have all their rows here."""
+    p = tl.exp2(common.dot(q, tl.trans(k), PRECISION) * (scale * common.LOG2E) - lse)
+    b_p = common.to(p, do.dtype)
+    ds = common.to(p * (common.dot(do, tl.trans(v), PRECISION) * scale - delta), q.dtype)
+    # By columns, so that P and dS are operands as they lie and not transposed: D are rows enough for wgmma.
+    dv = common.dot(tl.trans(do), b_p, PRECISION)
+    dk = common.dot(tl.trans(q), ds, PRECISION)
+    return dq + common.dot(ds, k, PRECISION), tl.trans(dk), tl.trans(dv)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _frame_kernel(
+    p_qkv,
+    p_out,
+    p_do,
+    p_lse,
+    p_dqkv,
+    p_part,  # (B, H, T, 3, G, D)
+    p_rows,
+    s_b,
+    s_t: tl.constexpr,  # a constant as H is: addresses of runtime strides would spill
+    s_c,
+    s_h,
+    scale,
+    T,
+    H: tl.constexpr,
+    N: tl.constexpr,
+    G: tl.constexpr,
+    FIRST: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    TAIL: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    f, i_bf, i_bh, i_b, i_h = frames.frame(tl.program_id(0), T, H)
+    S = G + T * N
+    o_f = (G + f * N).to(tl.int64)
+    p_q = p_qkv + i_b * s_b + i_h * s_h
+    p_kf = p_q + s_c + o_f * s_t
+    p_out += (i_b * S * H + i_h) * D
+    p_do += (i_b * S * H + i_h) * D
+    p_dk = p_dqkv + ((i_b * S + o_f) * 3 * H + H + i_h) * D
+    p_part += i_bf * (3 * G * D)
+
+    # Rows behind the last repeat it; what they compute is hidden and not stored.
+    r = tl.arange(0, ROWS)
+    token = tl.where(r < N, G + f * N + r, tl.minimum(r - N, G - 1)).to(tl.int64)
+    stride = _row_strides(p_rows, r, N, G)
+    b_q = _load(p_q, token * s_t, None, D, BD)
+    b_o = _load(p_out, token * (H * D), None, D, BD)
+    b_do = _load(p_do, token * (H * D), None, D, BD)
+    lse = _row_lse(p_lse + i_bh * S, token, stride, r, f, N, G)
+    delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1) * scale
+    dq = tl.zeros([ROWS, BD], tl.float32)
+
+    o_k = tl.arange(0, KEYS)
+    for i in tl.range(0, frames.opaque(N // KEYS, T), num_stages=STAGES):
+        b_k = _load(p_kf + i * KEYS * s_t, o_k * s_t, None, D, BD)
+        b_v = _load(p_kf + i * KEYS * s_t + s_c, o_k * s_t, None, D, BD)
+        dq, dk, dv = _frame_step(b_q, b_do, lse[:, None], delta[:, None], b_k, b_v, dq, scale, PRECISION)
+        c = i * KEYS + o_k
+        _store(p_dk, c * (3 * H * D), dk, c < N, D, BD)
+        _store(p_dk + H * D, c * (3 * H * D), dv, c < N, D, BD)
+    lse_g = tl.where(r < N, lse, -common.HIDDEN)[:, None]  # for summary keys, hidden from summary rows
+    for o in tl.range(N // KEYS * KEYS, frames.opaque(N + G - FIRST, T), TAIL, num_stages=1):
+        c_t = o + tl.arange(0, TAIL)
+        o_c = _key_tokens(tl.minimum(c_t, N + G - FIRST - 1), f, N, G, FIRST).to(tl.int64) * s_t
+        b_kt = _load(p_q + s_c, o_c, None, D, BD)
+        b_vt = _load(p_q + 2 * s_c, o_c, None, D, BD)
+        lse_c = tl.where((c_t < N)[None], lse[:, None], tl.where((c_t < N + G - FIRST)[None], lse_g, -common.HIDDEN))
+        dq, dk_t, dv_t = _frame_step(b_q, b_do, lse_c, delta[:, None], b_kt, b_vt, dq, scale, PRECISION)
+        _store(p_dk, c_t * (3 * H * D), dk_t, c_t < N, D, BD)
+        _store(p_dk + H * D, c_t * (3 * H * D), dv_t, c_t < N, D, BD)
+        m_g = (c_t >= N) & (c_t < N + G - FIRST)
+        _store(p_part, (c_t - N + FIRST + G) * D, dk_t, m_g, D, BD)
+        _store(p_part, (c_t - N + FIRST + 2 * G) * D, dv_t, m_g, D, BD)
+
+    p_dq = p_dqkv + ((i_b * S + o_f) * 3 * H + i_h) * D
+    _store(p_dq, r * (3 * H * D), dq, r < N, D, BD)
+    _store(p_part, (r - N) * D, dq, (r >= N) & (r < N + G), D, BD)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -437,6 +528,7 @@ def backward(
     sizes = dict(G=G, FIRST=first, D=D, BD=triton.next_power_of_2(D), PRECISION=common.precision(qkv.dtype))
 
     whole = tiles.lookup("hier_backward_frames", qkv.device, qkv.dtype, D)
+    resident = tiles.lookup("hier_backward_frame", qkv.device, qkv.dtype, D)
     if whole and whole[0].rows >= N + G:
         tile = whole[0]
         span = triton.cdiv(T, min(T, triton.cdiv(_PROGRAMS, B * H)))
@@ -463,6 +555,30 @@ def backward(
             ROWS=tile.rows,
             STAGES=tile.stages,
             KEEP=tile.keep,
+            **tile.options,
+        )
+    elif resident and resident[0].rows - 64 < N + G <= resident[0].rows:  # more padding would cost more than reading twice
+        tile, parts = resident[0], T
+        part = torch.empty(B, H, parts, 3, G, D, dtype=torch.float32, device=qkv.device)
+        common.launch(
+            _frame_kernel,
+            (B * H * T,),
+            qkv,
+            out,
+            grad_out,
+            lse,
+            dqkv,
+            part,
+            rows,
+            *strides,
+            T,
+            H,
+            N=N,
+            **sizes,
+            ROWS=tile.rows,
+            KEYS=tile.keys,
+            TAIL=frames.tail(N % tile.keys + G - first, tile.keys),
+            STAGES=tile.stages,
             **tile.options,
         )
     else:

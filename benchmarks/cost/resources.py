@@ -142,7 +142,7 @@ def compile_case(case: Case, *, walk: bool = False, traffic: Sequence[dict] | No
         if walk or traffic is not None:
             values = dict(zip(kernel.arg_names, args, strict=False)) | options
             launch = Launch(blocks, threads, shared, parameters(compiled.src.signature, values))
-            walked, heads = follow(code, launch, blocks=24, same_warps=True), case.B * case.H
+            walked, heads = follow(code, launch, blocks=36, run=18, same_warps=True), case.B * case.H
             loop = code.main_loop(walked.executed)
             row.instructions = classes(walked.executed, code.code, 32 / heads)
             row.loop = classes(walked.executed, loop, 32 / heads)

@@ -182,11 +182,13 @@ class Walked:
         return sum((p.guesses for block in self.blocks for p in block), Counter())
 
 
-def follow(kernel: Kernel, launch: Launch, *, blocks: int = 12, same_warps: bool = False) -> Walked:
+def follow(kernel: Kernel, launch: Launch, *, blocks: int = 12, run: int = 1, same_warps: bool = False) -> Walked:
     """Walk some blocks of a launch.
 
     Args:
         blocks: how many, spread over the grid by the golden ratio, so that no period of the grid is favoured.
+        run: how many of them are neighbours. Where blocks of several kinds take turns, a run of whole turns has each kind in
+            its true share.
         same_warps: walk one warp of each block for all (Triton without warp specialisation).
     """
     warps = -(-launch.threads // 32)
@@ -196,6 +198,8 @@ def follow(kernel: Kernel, launch: Launch, *, blocks: int = 12, same_warps: bool
         p = walk(kernel, launch, block, warp)
         return known.setdefault((tuple(x.pc for x in p.code), frozenset(p.off), tuple(p.events.items())), p)
 
-    chosen = sorted({int(launch.grid * (k * 0.618034 % 1)) for k in range(blocks)})
+    places = max(1, launch.grid - run + 1)
+    starts = [int(places * (k * 0.618034 % 1)) for k in range(-(-blocks // run))]
+    chosen = sorted({start + k for start in starts for k in range(min(run, launch.grid))})
     paths = [[path(b, 0)] * warps if same_warps else [path(b, w) for w in range(warps)] for b in chosen]
     return Walked(paths, launch.grid / len(paths))

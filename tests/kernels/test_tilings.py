@@ -24,35 +24,72 @@ CALLS = [
 ]
 
 
+# Few rows behind a frame's whole tiles: summary rows alone, patches with them, one row, none of a hierarchy. B * T frames fill
+# no whole number of programs. And what remains over keys: tails of each kind.
+BEHIND = [(5, 128), (3, 131), (1, 116), (2, 140, 0, 0, 1), (3, 254, 1, 4, 2, True)]
+
+
 @pytest.fixture
-def launched(monkeypatch) -> list[str]:
-    """Names of the kernels launched, in order."""
-    names, launch = [], triton_hierarchical.common.launch
+def launches(monkeypatch) -> list[tuple[str, dict]]:
+    """Names of the kernels launched with their options, in order."""
+    seen, launch = [], triton_hierarchical.common.launch
 
     def record(kernel, *args, **options):
-        names.append(kernel.fn.__name__ if hasattr(kernel, "fn") else kernel.__name__)
+        seen.append((kernel.fn.__name__ if hasattr(kernel, "fn") else kernel.__name__, options))
         launch(kernel, *args, **options)
 
     monkeypatch.setattr(triton_hierarchical.common, "launch", record)
-    return names
+    return seen
 
 
-@pytest.mark.parametrize(("kernel", "layout", "span"), CALLS, ids=str)
-def test_every_tiling(kernel, layout, span, launched, monkeypatch, device, seed):
-    if device.type == "cpu":
-        monkeypatch.setattr(tiles, "DEFAULT_ARCH", 80 if kernel == "_stream_kernel" else 90)
-    monkeypatch.setattr(triton_hierarchical, "_frames_a_program", lambda heads, T, programs: min(span, T))
-    case = Case(TokenLayout(*layout), batch=2, heads=1, dtype=torch.float16)
-    skip_if_refused("hierarchical", "triton", case, device)
+def compare(case: Case, device: torch.device) -> None:
+    """The forward beside the reference, twice: the second run has the same bits."""
     qkv, grad = case.draw("hierarchical", device)
     gold = run("hierarchical", qkv.double(), grad.double(), case.layout, "reference")
     ours = run("hierarchical", qkv, grad, case.layout, "triton")
     check(ours, dense_runs("hierarchical", qkv, grad, case.layout), gold, case.layout.num_summary, case.dtype)
     again = run("hierarchical", qkv, grad, case.layout, "triton")
     assert torch.equal(ours.out, again.out)
+    assert torch.equal(ours.d_qkv, again.d_qkv)
+
+
+@pytest.mark.parametrize(("kernel", "layout", "span"), CALLS, ids=str)
+def test_every_tiling(kernel, layout, span, launches, monkeypatch, device, seed):
+    if device.type == "cpu":
+        monkeypatch.setattr(tiles, "DEFAULT_ARCH", 80 if kernel == "_stream_kernel" else 90)
+    monkeypatch.setattr(triton_hierarchical, "_frames_a_program", lambda heads, T, programs: min(span, T))
+    case = Case(TokenLayout(*layout), batch=2, heads=1, dtype=torch.float16)
+    skip_if_refused("hierarchical", "triton", case, device)
+    compare(case, device)
     if device.type == "cpu":  # a GPU decides by its own architecture
-        assert launched[0] == kernel
-        assert ("_combine_kernel" in launched) is (kernel != "_walk_kernel" or span < layout[0])
+        names = [name for name, _ in launches]
+        assert names[0] == kernel
+        assert ("_combine_kernel" in names) is (kernel != "_walk_kernel" or span < layout[0])
+
+
+@pytest.mark.parametrize("layout", BEHIND, ids=str)
+def test_rows_behind_whole_tiles(layout, launches, monkeypatch, device, seed):
+    if device.type == "cpu":
+        monkeypatch.setattr(tiles, "DEFAULT_ARCH", 80)
+    case = Case(TokenLayout(*layout), batch=1, heads=2, dtype=torch.float16)
+    skip_if_refused("hierarchical", "triton", case, device)
+    compare(case, device)
+    if device.type == "cpu":
+        name, options = launches[0]
+        assert name == "_stream_kernel"
+        assert options["LAST"] == 16
+
+
+# Frames whose backward is one program: B/16, a full tile of rows, a tail that is a whole key tile, none at all.
+@pytest.mark.parametrize("layout", [(3, 196), (2, 243), (2, 240, 3, 4, 2, True), (1, 192, 0, 0, 1)], ids=str)
+def test_backward_with_all_rows_of_a_frame_at_once(layout, launches, monkeypatch, device, seed):
+    if device.type == "cpu":
+        monkeypatch.setattr(tiles, "DEFAULT_ARCH", 90)
+    case = Case(TokenLayout(*layout), batch=2, heads=1, dtype=torch.float16)
+    skip_if_refused("hierarchical", "triton", case, device)
+    compare(case, device)
+    if device.type == "cpu":
+        assert [name for name, _ in launches].count("_frame_kernel") == 2
 
 
 def test_summary_rows_without_a_frame_in_a_span(monkeypatch, device, seed):
