@@ -377,7 +377,7 @@ BREAKS = (
         "wgmma: a maximum that has grown is not noticed",
         "warp_any(rows.grown(top, problem.slack))",
         "warp_any(false)",
-        "values",
+        "counters",
         hopper=True,
     ),
     Break(
@@ -426,14 +426,6 @@ BREAKS = (
         "wgmma: values that were copied are not made visible",
         "      mbarrier_wait(tables.v_full, tables.v_phase);\n      fence_async();\n",
         "      mbarrier_wait(tables.v_full, tables.v_phase);\n",
-        "emulation",
-        hopper=True,
-    ),
-    Break(
-        "forward",
-        "wgmma: keys are left before the last chunk",
-        "if (i + 1 == chunks && tables.last) mbarrier_arrive",
-        "if (i == 0 && tables.last) mbarrier_arrive",
         "emulation",
         hopper=True,
     ),
