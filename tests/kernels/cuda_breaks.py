@@ -431,14 +431,6 @@ BREAKS = (
     ),
     Break(
         "forward",
-        "wgmma: keys are left after each tile",
-        "if (i + 1 == chunks && tables.last) mbarrier_arrive",
-        "if (i + 1 == chunks) mbarrier_arrive",
-        "emulation",
-        hopper=True,
-    ),
-    Break(
-        "forward",
         "wgmma: the keys of a frame without a tile are never left",
         "mbarrier_wait(full + 8 * slot, phase), mbarrier_arrive(k_empty);",
         "mbarrier_wait(full + 8 * slot, phase);",
