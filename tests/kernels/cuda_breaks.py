@@ -209,7 +209,6 @@ BREAKS = (
         "      cp_async_wait<0>();\n      fence_async();\n      barrier_sync",
         "      fence_async();\n      barrier_sync",
         "emulation",
-        quick=True,
         hopper=True,
     ),
     Break(
@@ -227,7 +226,6 @@ BREAKS = (
         "      barrier_sync(1 + warp / 4, 128);",
         "      warp_sync();",
         "emulation",
-        quick=True,
         hopper=True,
     ),
     Break(
@@ -296,7 +294,6 @@ BREAKS = (
         "const uint64_t k = matrix_descriptor(tables + slot * table_bytes, Swizzle::b128, 16, 8 * table_row)",
         "const uint64_t k = matrix_descriptor(tables + slot * table_bytes, Swizzle::b64, 16, 8 * table_row)",
         "",
-        quick=True,
         hopper=True,
     ),
     Break(
@@ -321,7 +318,6 @@ BREAKS = (
         "wgmma<T, D, true>(o, p[i][b]",
         "wgmma<T, D, false>(o, p[i][b]",
         "",
-        quick=True,
         hopper=True,
     ),
     Break(
@@ -333,7 +329,7 @@ BREAKS = (
         hopper=True,
     ),
     Break(
-        "forward", "wgmma: sums do not start at zero", "table_row), i + b > 0);", "table_row), true);", "values", hopper=True
+        "forward", "wgmma: each chunk starts a new sum", "table_row), i + b > 0);", "table_row), b > 0);", "values", hopper=True
     ),
     Break(
         "forward",

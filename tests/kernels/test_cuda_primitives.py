@@ -38,8 +38,8 @@ def emulated(tmp_path_factory) -> ctypes.CDLL:
         pytest.skip("g++ was not found")
     folder = tmp_path_factory.mktemp("emulated")
     shutil.copy(PROGRAM, folder)
-    for header in ("device.cuh", "emulate.h"):
-        shutil.copy(cuda_emulate.SOURCES / header, folder)
+    for header in (cuda_emulate.SOURCES / "device.cuh", *cuda_emulate.SOURCES.glob("*.h")):
+        shutil.copy(header, folder)
     cuda_emulate.compile_library(folder, folder / "primitives.so", ("-O1",))
     lib = load(folder / "primitives.so")
     lib.vidla_emulation_report.restype = ctypes.c_char_p

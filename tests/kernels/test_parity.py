@@ -73,6 +73,14 @@ def test_tiles_of_h100(layout, dtype, device, seed, monkeypatch):
     compare("hierarchical", "triton", Case(layout, heads=1, dtype=dtype), device)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs its own kernels")
+@pytest.mark.parametrize(("layout", "dtype"), product(FRAMES, (torch.float16, torch.bfloat16)), ids=str)
+def test_cuda_kernels_of_h100(layout, dtype, device, seed, monkeypatch):
+    """The emulation plays an A100 unless it is told otherwise; an H100 has kernels of its own."""
+    monkeypatch.setenv("VIDLA_EMULATE_ARCH", "90")
+    compare("hierarchical", "cuda", Case(layout, heads=2, dtype=dtype), device)
+
+
 @pytest.mark.parametrize("number", range(10))
 @pytest.mark.parametrize(("backend", "op"), BACKENDS)
 def test_random_cases(backend, op, number, device, seed):

@@ -237,7 +237,7 @@ template <class W> VIDLA_DEVICE void store_global(void* to, W w, bool active) {
 // ---- Hopper (sm_90a) alone: products of a warpgroup, asynchronous, with operands in shared memory ---------------------------
 // A warpgroup is 4 warps, the first of which has an index that is a multiple of 4; all its lanes reach these together. What
 // they do: PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions". On other GPUs they trap; `if constexpr (has_wgmma)`
-// keeps what can't run there from being compiled.
+// keeps what can't run there from being compiled, and wgmma_runs, of the host, says where it does.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 constexpr bool has_wgmma = true;
 #define VIDLA_HOPPER(...) asm volatile(__VA_ARGS__)
@@ -404,6 +404,12 @@ inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessor
 inline int shared_memory_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }  // bytes a block
 inline int architecture() {  // 80, 90, ...
   return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) + device_attribute(cudaDevAttrComputeCapabilityMinor);
+}
+// Whether kernels that multiply by wgmma run here: on compute capability 9.x, if the library has code for it.
+inline bool wgmma_runs() {
+  for (int built : {__CUDA_ARCH_LIST__})
+    if (built == 900) return architecture() / 10 == 9;
+  return false;
 }
 
 // Returns a cudaError_t as int; 0 is success. Asks once a kernel and device for shared memory above 48 KB.

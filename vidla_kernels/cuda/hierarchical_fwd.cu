@@ -501,7 +501,7 @@ template <class T> int dispatch(const Problem& p, int dim, int variant, void* st
 
 // See the lists.
 inline int choose(const Call& c) {
-  if (architecture() / 10 != 9) return 0;
+  if (!wgmma_runs()) return 0;
   const Layout layout = layout_of(c);
   int number = mma_variants(c.head_dim);
 #define VIDLA_FITS(D, n, chunk, groups, registers)                                                 \

@@ -161,7 +161,7 @@ template <class T, int D, int n, int chunk> struct Tile {
 // n: keys that a table has room for; groups: warpgroups that compute; registers: of each of their threads. p.stages: tables.
 template <class T, int D, int n, int chunk, int groups, int registers>
 VIDLA_KERNEL(128 * (groups + 1), 1) hierarchical_fwd_frames_wgmma(Problem p) {
-  if constexpr (!has_wgmma) return;
+  if constexpr (!has_wgmma) return wgmma_fence();  // traps
   const unsigned lane = thread_index() & 31, g = lane / 4, j = lane % 4;
   const int warp = warp_index(), head = block_index() % p.heads, team = block_index() / p.heads;
   const int queries = p.queries(), keys = p.keys(), tiles = (queries + tile_rows - 1) / tile_rows;
@@ -222,11 +222,17 @@ VIDLA_KERNEL(128 * (groups + 1), 1) hierarchical_fwd_frames_wgmma(Problem p) {
     const int unit = lane % 8, first = warp % 4 * 16 + lane / 8;
     const char* from = static_cast<const char*>(p.qkv) + 2 * (to.batch * p.qkv_batch + head * p.qkv_head + 8 * unit);
     const uint32_t q_to = q_at + (warp / 4 * 2 + where) * tile_bytes;
-    const int patch_0 = p.summary() + to.frame * p.patches;
+    const int row_0 = t * tile_rows + first, patch_0 = p.summary() + to.frame * p.patches;
+    if ((t + 1) * tile_rows <= p.patches) {
+      from += int64_t(patch_0 + row_0) * p.token_bytes;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = t * tile_rows + first + 4 * i, token = row < queries ? row + (row < p.patches ? patch_0 : -p.patches) : 0;
-      cp_async_16(q_to + Rows<D>::at(first + 4 * i, unit), from + int64_t(token) * p.token_bytes, row < queries);
+      for (int i = 0; i < 4; ++i, from += 4 * p.token_bytes) cp_async_16(q_to + Rows<D>::at(first + 4 * i, unit), from, true);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = row_0 + 4 * i, token = row < queries ? row + (row < p.patches ? patch_0 : -p.patches) : 0;
+        cp_async_16(q_to + Rows<D>::at(first + 4 * i, unit), from + int64_t(token) * p.token_bytes, row < queries);
+      }
     }
     cp_async_commit();
   };
@@ -314,7 +320,7 @@ template <class T, int D> int combine(const Problem& p, void* stream);
 
 // With dry: only says whether this configuration can take the call.
 template <class T, int D, int n, int chunk, int groups, int registers> int run_wgmma(Problem p, void* stream, bool dry) {
-  if (architecture() / 10 != 9) return other_gpu;
+  if (!wgmma_runs()) return other_gpu;
   p.stages = wgmma_tables<D, n, groups>();
   if (p.keys() > n || p.stages < 3) return no_room;
   if (dry) return 0;
