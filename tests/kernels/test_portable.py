@@ -1,7 +1,8 @@
 """The portable backend's memory: never S*S elements per batch and head, and linear in T; and both its forms.
 
-On a CPU test_parity.py meets the form with a backward of its own (portable_cpu.py). The composed form, which serves other
-devices and torch.compile, is compared with the reference here, and so is a cut into portions that leave a remainder.
+On a CPU test_parity.py meets the form with a backward of its own (portable_cpu.py), or for float32 the native kernels, which
+test_cpu.py has version by version. The composed form, which serves other devices and torch.compile, is compared with the
+reference here, and so is a cut into portions that leave a remainder.
 """
 
 import itertools
