@@ -40,6 +40,24 @@ _PROGRAMS = 768
 
 
 @triton.jit
+def _frame_at(p_qkv, p_dqkv, p_part, s_b, s_h, i_frame, T, H, N: tl.constexpr, G: tl.constexpr, D: tl.constexpr):
+    """The i_frame-th of all frames: its index in the clip, (batch, head, frame), (batch, head), its first patch's token; q of
+    token 0, the offset of token 0 in out and dO, the gradient of q of its first patch, its part."""
+    f, i_bf, i_bh, i_b, i_h = frames.frame(i_frame, T, H)
+    S = G + T * N
+    o_f = (G + f * N).to(tl.int64)
+    p_q = p_qkv + i_b * s_b + i_h * s_h
+    p_dq = p_dqkv + ((i_b * S + o_f) * 3 * H + i_h) * D
+    return f, i_bf, i_bh, o_f, p_q, (i_b * S * H + i_h) * D, p_dq, p_part + i_bf * (3 * G * D)
+
+
+@triton.jit
+def _row_tokens(r, f, N: tl.constexpr, G: tl.constexpr):
+    """Tokens of query rows r of frame f: its patches, then the summary tokens, the last of them again behind."""
+    return tl.where(r < N, G + f * N + r, tl.minimum(r - N, G - 1)).to(tl.int64)
+
+
+@triton.jit
 def _key_tokens(c, f, N: tl.constexpr, G: tl.constexpr, FIRST: tl.constexpr):
     """Tokens of keys c of frame f: its patches, then the summary keys that patches see."""
     return tl.where(c < N, G + f * N + c, c - N + FIRST)
@@ -236,24 +254,21 @@ def _frame_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    f, i_bf, i_bh, i_b, i_h = frames.frame(tl.program_id(0), T, H)
-    S = G + T * N
-    o_f = (G + f * N).to(tl.int64)
-    p_q = p_qkv + i_b * s_b + i_h * s_h
+    f, _, i_bh, o_f, p_q, o_0, p_dq, p_part = _frame_at(p_qkv, p_dqkv, p_part, s_b, s_h, tl.program_id(0), T, H, N, G, D)
     p_kf = p_q + s_c + o_f * s_t
-    p_out += (i_b * S * H + i_h) * D
-    p_do += (i_b * S * H + i_h) * D
-    p_dk = p_dqkv + ((i_b * S + o_f) * 3 * H + H + i_h) * D
-    p_part += i_bf * (3 * G * D)
+    p_out += o_0
+    p_do += o_0
+    p_dk = p_dq + H * D
 
-    # Rows behind the last repeat it; what they compute is hidden and not stored.
+    # Rows behind the last are zeros, hidden, and not stored.
     r = tl.arange(0, ROWS)
-    token = tl.where(r < N, G + f * N + r, tl.minimum(r - N, G - 1)).to(tl.int64)
+    m_r = r < N + G
+    token = _row_tokens(r, f, N, G)
     stride = _row_strides(p_rows, r, N, G)
-    b_q = _load(p_q, token * s_t, None, D, BD)
-    b_o = _load(p_out, token * (H * D), None, D, BD)
-    b_do = _load(p_do, token * (H * D), None, D, BD)
-    lse = _row_lse(p_lse + i_bh * S, token, stride, r, f, N, G)
+    b_q = _load(p_q, token * s_t, m_r, D, BD)
+    b_o = _load(p_out, token * (H * D), m_r, D, BD)
+    b_do = _load(p_do, token * (H * D), m_r, D, BD)
+    lse = _row_lse(p_lse + i_bh * (G + T * N), token, stride, r, f, N, G)
     delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1) * scale
     dq = tl.zeros([ROWS, BD], tl.float32)
 
@@ -279,7 +294,6 @@ def _frame_kernel(
         _store(p_part, (c_t - N + FIRST + G) * D, dk_t, m_g, D, BD)
         _store(p_part, (c_t - N + FIRST + 2 * G) * D, dv_t, m_g, D, BD)
 
-    p_dq = p_dqkv + ((i_b * S + o_f) * 3 * H + i_h) * D
     _store(p_dq, r * (3 * H * D), dq, r < N, D, BD)
     _store(p_part, (r - N) * D, dq, (r >= N) & (r < N + G), D, BD)
 
@@ -295,12 +309,12 @@ def _rows_kernel(
     p_part,  # (B, H, T, 3, G, D)
     p_rows,
     s_b,
-    s_t,
+    s_t: tl.constexpr,
     s_c,
     s_h,
     scale,
     T,
-    H,
+    H: tl.constexpr,
     N: tl.constexpr,
     G: tl.constexpr,
     FIRST: tl.constexpr,
@@ -314,22 +328,20 @@ def _rows_kernel(
 ):
     TILES: tl.constexpr = (N + G + ROWS - 1) // ROWS
     i_tile = tl.program_id(0) % TILES
-    f, i_bf, i_bh, i_b, i_h = frames.frame(tl.program_id(0) // TILES, T, H)
-    S = G + T * N
-    o_f = (G + f * N).to(tl.int64)
-    p_q = p_qkv + i_b * s_b + i_h * s_h
+    i_f = tl.program_id(0) // TILES
+    f, i_bf, i_bh, o_f, p_q, o_0, p_dq, p_part = _frame_at(p_qkv, p_dqkv, p_part, s_b, s_h, i_f, T, H, N, G, D)
     p_kf = p_q + s_c + o_f * s_t
-    p_out += (i_b * S * H + i_h) * D
-    p_do += (i_b * S * H + i_h) * D
+    p_out += o_0
+    p_do += o_0
     p_stat += i_bf * (2 * TILES * ROWS)
 
     # Rows behind the last repeat it; what they compute is hidden and not stored.
     r = i_tile * ROWS + tl.arange(0, ROWS)
-    token = tl.where(r < N, G + f * N + r, tl.minimum(r - N, G - 1)).to(tl.int64)
+    token = _row_tokens(r, f, N, G)
     b_q = _load(p_q, token * s_t, None, D, BD)
     b_do = _load(p_do, token * (H * D), None, D, BD)
     delta = tl.sum(b_do.to(tl.float32) * _load(p_out, token * (H * D), None, D, BD).to(tl.float32), 1) * scale
-    lse = _row_lse(p_lse + i_bh * S, token, _row_strides(p_rows, r, N, G), r, f, N, G)
+    lse = _row_lse(p_lse + i_bh * (G + T * N), token, _row_strides(p_rows, r, N, G), r, f, N, G)
     tl.store(p_stat + r, lse)
     tl.store(p_stat + TILES * ROWS + r, delta)
     dq = tl.zeros([ROWS, BD], tl.float32)
@@ -348,10 +360,9 @@ def _rows_kernel(
         lse_c = tl.where((c < N)[None], lse[:, None], tl.where((c < N + G - FIRST)[None], lse_g, -common.HIDDEN))
         dq = _dq_step(b_q, b_do, lse_c, delta[:, None], b_k, b_v, dq, scale, PRECISION)
 
-    p_dq = p_dqkv + ((i_b * S + o_f) * 3 * H + i_h) * D
     _store(p_dq, r * (3 * H * D), dq, r < N, D, BD)
     if (i_tile + 1) * ROWS > N:  # the tile has summary rows
-        _store(p_part + i_bf * (3 * G * D), (r - N) * D, dq, (r >= N) & (r < N + G), D, BD)
+        _store(p_part, (r - N) * D, dq, (r >= N) & (r < N + G), D, BD)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -362,12 +373,12 @@ def _keys_kernel(
     p_dqkv,
     p_part,
     s_b,
-    s_t,
+    s_t: tl.constexpr,
     s_c,
     s_h,
     scale,
     T,
-    H,
+    H: tl.constexpr,
     N: tl.constexpr,
     G: tl.constexpr,
     FIRST: tl.constexpr,
@@ -382,12 +393,10 @@ def _keys_kernel(
 ):
     TILES: tl.constexpr = (N + G - FIRST + KEYS - 1) // KEYS
     i_tile = tl.program_id(0) % TILES
-    f, i_bf, _, i_b, i_h = frames.frame(tl.program_id(0) // TILES, T, H)
-    S = G + T * N
-    o_f = (G + f * N).to(tl.int64)
-    p_q = p_qkv + i_b * s_b + i_h * s_h
+    i_f = tl.program_id(0) // TILES
+    f, i_bf, _, o_f, p_q, o_0, p_dq, p_part = _frame_at(p_qkv, p_dqkv, p_part, s_b, s_h, i_f, T, H, N, G, D)
     p_qf = p_q + o_f * s_t
-    p_do += (i_b * S * H + i_h) * D
+    p_do += o_0
     p_dof = p_do + o_f * (H * D)
     p_stat += i_bf * (2 * PAD)
 
@@ -408,7 +417,7 @@ def _keys_kernel(
         dk, dv = _dkv_step(b_k, b_v, b_q, b_do, lse, delta, dk, dv, scale, PRECISION)
     for o in tl.range(N // ROWS * ROWS, frames.opaque(N + G, T), TAIL, num_stages=1):
         r = o + tl.arange(0, TAIL)
-        token = tl.where(r < N, G + f * N + r, tl.minimum(r - N, G - 1)).to(tl.int64)
+        token = _row_tokens(r, f, N, G)
         b_q = _load(p_q, token * s_t, None, D, BD)
         b_do = _load(p_do, token * (H * D), None, D, BD)
         lse = tl.load(p_stat + r, mask=r < N + G, other=-common.HIDDEN)
@@ -416,12 +425,11 @@ def _keys_kernel(
         lse = tl.where((c < N)[:, None], lse[None], tl.where(r < N, lse, -common.HIDDEN)[None])
         dk, dv = _dkv_step(b_k, b_v, b_q, b_do, lse, delta, dk, dv, scale, PRECISION)
 
-    p_dk = p_dqkv + ((i_b * S + o_f) * 3 * H + H + i_h) * D
+    p_dk = p_dq + H * D
     _store(p_dk, c * (3 * H * D), dk, c < N, D, BD)
     _store(p_dk + H * D, c * (3 * H * D), dv, c < N, D, BD)
     if (i_tile + 1) * KEYS > N:
         m_g = (c >= N) & (c < N + G - FIRST)
-        p_part += i_bf * (3 * G * D)
         _store(p_part, (c - N + FIRST + G) * D, dk, m_g, D, BD)
         _store(p_part, (c - N + FIRST + 2 * G) * D, dv, m_g, D, BD)
 
