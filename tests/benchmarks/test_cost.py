@@ -1,5 +1,6 @@
 """The counting tool counts right, and the shipped kernels cost what docs/kernels.md says."""
 
+import contextlib
 import dataclasses
 import struct
 from collections import Counter
@@ -8,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.cost import __main__ as command
-from benchmarks.cost import replay, report, sass, traffic, walk
+from benchmarks.cost import replay, report, sass, thread, traffic, walk
 from benchmarks.cost.cases import SHAPES, Case
-from benchmarks.cost.resources import compiled, parameters
+from benchmarks.cost.resources import Compiled, compiled, parameters
 
 TINY = sass.Kernel("tiny", 80, 12, 0, 0, sass.parse((Path(__file__).parent / "tiny.sass").read_text()))
 
@@ -204,6 +205,24 @@ def test_the_emulations_report_becomes_the_same_rows():
     assert (work.kernel, work.read, work.written, work.macs, work.exponentials) == ("frames", 1500, 450, 4096, 256)
     assert work.distinct_read == {"qkv": 1000}
     assert work.summary_again == 256  # one MST key and value, of the second frame
+
+
+def test_nobody_votes_on_what_is_not_known():
+    warp = thread.Thread(TINY, launch_tiny(n=1, heads=1), block=0, thread=0)
+    vote = thread.effect(sass.Instruction(0, "", "VOTE.ANY", "P1, P0", 1, 7, 7, 0, "shfl", 0))
+    for known, result in ((None, 0), (0, 0), (1, 1)):
+        warp.registers["P0"] = known
+        vote(warp)
+        assert warp.registers["P1"] == result
+
+
+@pytest.mark.parametrize(("macs", "exponentials", "refused"), [(1.0, 1.0, None), (1.2, 1.0, "multiply"), (1.0, 0.85, "expon")])
+def test_a_walk_that_is_not_what_was_counted_is_refused(macs, exponentials, refused):
+    case = Case("hierarchical", 80, 2, 3, backend="cuda")
+    made = Compiled("frames", "fwd", "", {}, 128, 0, 0, 4, 1, 1, macs=1000 * macs, exponentials=100 * exponentials)
+    work = [traffic.Work("frames", "fwd", macs=1000, exponentials=100)]
+    with pytest.raises(ValueError, match=refused) if refused else contextlib.nullcontext():
+        report.check(case, "fwd", work, [made])
 
 
 # the shipped kernels against the baseline
