@@ -354,13 +354,16 @@ inline int word_conflicts(const Warp& w) {
   }
   return *std::max_element(passes, passes + 32) - 1;
 }
-// And for 8 bytes of each active lane, which go 16 lanes at a time; the lanes' addresses differ.
+// And for 8 bytes of each active lane, which go 16 lanes at a time; lanes that name one address read it together.
 inline int pair_conflicts(const Warp& w) {
   int worst[2] = {1, 1};
   for (int half = 0; half < 2; ++half) {
     int passes[16] = {};
-    for (int l = 16 * half; l < 16 * half + 16; ++l)
-      if (w.lanes[l].active) worst[half] = std::max(worst[half], ++passes[w.lanes[l].address / 8 % 16]);
+    for (int l = 16 * half; l < 16 * half + 16; ++l) {
+      bool counts = w.lanes[l].active;
+      for (int i = 16 * half; i < l; ++i) counts &= !w.lanes[i].active || w.lanes[i].address != w.lanes[l].address;
+      if (counts) worst[half] = std::max(worst[half], ++passes[w.lanes[l].address / 8 % 16]);
+    }
   }
   return worst[0] + worst[1] - 2;
 }
