@@ -63,12 +63,18 @@ def _barrier(x: Instruction, thread: Thread) -> tuple[str, Value, Value] | None:
 
 
 def _polled(body: Sequence[Instruction], thread: Thread) -> tuple[str, Value, Value] | None:
-    """On sm_80 a wait for an mbarrier is a loop that loads its upper word and compares the top bit; None: another loop."""
+    """On sm_80 a wait for an mbarrier is a loop that loads its upper word and compares the top bit; None: another loop.
+
+    The comparison is LOP3: (bit ^ parity) & mask or, where the parity is a constant, bit & mask for 0 and ~bit & mask for 1.
+    """
     loads = [x for x in body if x.op == "LDS"]
     tests = [x for x in body if x.op in ("LOP3.LUT", "ULOP3.LUT") and "0x80000000" in x.args]
     if len(body) > 8 or len(loads) != 1 or len(tests) != 1:
         return None
-    at, parity = address(loads[0].args.split(",")[1], thread), reader(tests[0].args.split(",")[4])(thread)
+    args = [a.strip() for a in tests[0].args.split(",")]
+    at, parity = address(loads[0].args.split(",")[1], thread), reader(args[4])(thread)
+    if args[4] in ("RZ", "URZ"):
+        parity = {"0xc0": 0, "0xc": 1 << 31}.get(args[5])
     return "wait", None if at is None else at - 4, None if parity is None else parity >> 31
 
 

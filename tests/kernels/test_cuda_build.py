@@ -21,7 +21,7 @@ from .build import Built
 
 ARCHS = ("sm_80", "sm_90a")
 # Bytes that a thread of the backward stores to its stack at these head dimensions; everything else keeps to registers.
-KNOWN_SPILLS = {80: 32, 96: 80}
+KNOWN_SPILLS = {128: 16}
 
 
 def cuobjdump() -> str | None:

@@ -398,7 +398,7 @@ inline int word_conflicts(const Warp& w) {
   }
   return std::max(1, *std::max_element(passes, passes + 32)) - 1;
 }
-// And for 8 bytes of each active lane, which go 16 lanes at a time.
+// And for 8 bytes of each active lane, which go 16 lanes at a time; lanes that name one address read it together.
 inline int pair_conflicts(const Warp& w) {
   int worst[2] = {1, 1};
   for (int half = 0; half < 2; ++half) {

@@ -3,58 +3,101 @@
 // dQ = dS K, with P = exp2(scale_log2 S - lse) and dS = P (dP - delta), delta = rowsum(dO * O).
 //
 // Tiling. A block takes frame after frame of one (batch, head); a frame's keys, its queries and who sees whom:
-// hierarchical.cuh. Q and dO of all its queries are in shared memory. Each warp owns 16 * tiles query rows: their Q and
-// dO are fragments in registers, and so is their dQ. K and V pass by in a ring, `chunk` keys at a time:
-//     phase 1  a warp: S and dP of its rows (dP starts from -delta), P, dS; dQ += dS K straight from registers; P and dS
-//              in 16 bits to the strips, two tables (queries x chunk) in shared memory
-//     phase 2  a warp: 32 keys (16 at the end of a frame) by `columns` of the 2 D columns of dK and dV; it multiplies
-//              the strips, transposed on the way by ldmatrix, with Q and dO. All queries are there, so the sums are
-//              whole when they leave the registers: a key's gradient is written once, and by nobody else.
-// With one pair of strips there are two block barriers a chunk; with two pairs phase 2 runs a chunk behind phase 1: one
-// barrier a chunk, and warps in either phase.
-// With two sets of tables, Q and dO of the next frame arrive during this one; so do, in any case, its first keys. Its O
-// and lse are loaded while dQ leaves; delta is the diagonal of dO O', by mma. Delta from O is one unit of traffic (8 instead
-// of 7); from P and dP it would be two products more, for it needs a whole row first.
-// Where a warp is left over (7 warps own the 224 rows of N=196), it alone fetches, while the others multiply.
+// hierarchical.cuh. Its warps have one of two duties, and wait for each other at mbarriers alone:
+//     key warps       own up to 16 * tiles keys each. V's fragments stay in registers, of one tile K's too (of another they are
+//                     read again), and so do dK and dV. Q and dO pass by, 32 rows at a time. Scores are computed transposed,
+//                     keys by queries, for then P' and dS' are A operands of dV and dK as they stand in registers: S' = K Q',
+//                     dP' = V dO' (from -delta), P', dS'; dV += P' dO, dK += dS' Q. dS' goes, in 16 bits, to a strip
+//                     (keys x 32 queries) in shared memory.
+//     the query warp  multiplies strips with K: dQ of 32 rows, in registers.
+// So four of the five products pass nothing from warp to warp. Nobody waits where a frame ends: a key warp brings K and V
+// of its keys in the next frame while it works on this one (two tables of K, for dQ needs it to the end; one of V), and one
+// warp brings Q, dO and O of the rows to come into a ring of slots, computes delta, the diagonal of dO O' by mma, and hands
+// both over.
+// The query warp is as busy as two key warps; so that one warp is the key warp with the fewest keys, if it has room for another
+// tile, and it sits beside the query warp on its quarter of the multiprocessor.
 // Rows that see nothing here (an MST level in a frame it skips, spare rows) have lse = +inf, so P = 0 without a test.
+// Delta from O is one unit of traffic (8 instead of 7); it is kept for the frames and turns that see the same rows again.
 //
 // Patch gradients are final. What a frame adds to a summary token's dQ, dK and dV (MST's, and CLS's key if patches see
 // it) is summed up in shared memory, over the frames of a segment: (batch, head) has `segments` of them, as few as keep
 // all blocks busy. A segment's sums go out in fp32, and the second kernel adds them up in order, with CLS's attention to
 // itself. No atomics: the same bits every run. Where shared memory has no room, the sums wait in global memory, in L2.
-// More queries than the warps own: several turns; dK and dV wait in `carry`, where the thread that wrote a sum is the one
-// that takes it up again, in a place of the block's own that L2 keeps.
+// More keys than the warps own: several turns; dQ waits in `carry`, where the thread that wrote a sum is the one that
+// takes it up again, in a place of the block's own that L2 keeps.
 #include "hierarchical_bwd_sm90.cuh"
 
-#include <cstdio>
-#include <type_traits>
 
 namespace vidla {
 
-// What is fixed at compile time, and where things lie in a block's shared memory: all of it constants, which instructions
-// carry as they are.
-template <int D_, int warps_, int owners_, int tiles_, int chunk_, int columns_, int buffers_, int sets_, int blocks_>
-struct Tiling {
-  static constexpr int D = D_, warps = warps_, tiles = tiles_, chunk = chunk_, columns = columns_;
-  static constexpr int owners = owners_;    // warps that own query rows; all of them multiply in phase 2
-  static constexpr int buffers = buffers_;  // pairs of strips
-  static constexpr int sets = sets_;        // of tables of Q and dO
-  static constexpr int blocks = blocks_;    // a multiprocessor
-  static constexpr int rows = 16 * tiles;   // a warp
-  static constexpr int capacity = owners * rows;
-  static_assert(chunk % 32 == 0 && columns % 16 == 0 && D % columns == 0, "phase 2: 32 keys by columns of dK or of dV");
+// What a block works on: a segment of frames of a (batch, head). Heads change fastest from block to block: they lie side by
+// side.
+struct Unit {
+  int batch, head, begin;
+  VIDLA_DEVICE static Unit number(const Gradient& p, int n) {
+    return {n / p.heads / p.segments, n % p.heads, n / p.heads % p.segments * p.segment_frames};
+  }
+  VIDLA_DEVICE int64_t of_head(const Gradient& p) const { return int64_t(batch) * p.heads + head; }
+  // Where its (batch, head) begins, in elements.
+  VIDLA_DEVICE int64_t in_qkv(const Gradient& p) const { return batch * p.qkv_batch + head * p.qkv_head; }
+  VIDLA_DEVICE int64_t in_out(const Gradient& p, int D) const {
+    return (int64_t(batch) * p.sequence() * p.heads + head) * D;
+  }
+  VIDLA_DEVICE int64_t in_d_qkv(const Gradient& p, int D) const {
+    return (int64_t(batch) * p.sequence() * 3 * p.heads + head) * D;
+  }
+};
+
+// A turn over a frame of a unit, `left` frames before the unit's end.
+struct Pass {
+  int unit, frame, left, turn;
+  VIDLA_DEVICE static Pass first(const Gradient& p, int unit) {
+    const int begin = Unit::number(p, unit).begin;
+    return {unit, begin, least(p.segment_frames, p.frames - begin), 0};
+  }
+  VIDLA_DEVICE bool some(const Gradient& p) const { return unit < p.units(); }
+  VIDLA_DEVICE Pass next(const Gradient& p) const {
+    if (turn + 1 < p.turns) return {unit, frame, left, turn + 1};
+    if (left > 1) return {unit, frame + 1, left - 1, 0};
+    return first(p, unit + p.blocks);
+  }
+};
+
+// A place in a ring of so many, and the phase its mbarriers are in.
+template <int places> struct Place {
+  int turn = 0;  // below `places` in even phases
+  VIDLA_DEVICE int at() const { return turn < places ? turn : turn - places; }
+  VIDLA_DEVICE int phase() const { return turn >= places; }
+  VIDLA_DEVICE Place next() const { return {turn + 1 < 2 * places ? turn + 1 : 0}; }
+};
+
+// What is fixed at compile time, and where things lie in a block's shared memory: constants, which instructions carry.
+template <int D_, int owners_, int tiles_, int slots_, int strips_, int blocks_> struct Tiling {
+  static constexpr int D = D_, tiles = tiles_, slots = slots_, strips = strips_;
+  static constexpr int owners = owners_;    // key warps, of 16 * tiles keys
+  static constexpr int warps = owners + 1, blocks = blocks_;  // blocks: a multiprocessor
+  static constexpr int k_kept = D > 96 ? 0 : 1;  // tiles of which K's fragments stay in registers; others are read again
+  static constexpr int keys = 16 * tiles * owners, chunk = 32;  // keys a turn; query rows in a slot
 
   using Row = Rows<D>;
   using Strip = Rows<chunk>;
-  static constexpr int table = capacity * Row::bytes;             // of Q or dO; those of a set side by side
-  static constexpr int keys_at = 2 * sets * table;                // the ring's two slots; K and V side by side
-  static constexpr int slot = 2 * chunk * Row::bytes, v_after_k = chunk * Row::bytes;
-  static constexpr int strips_at = keys_at + 2 * slot;       // pairs; dS and P side by side
-  static constexpr int p_after_ds = capacity * Strip::bytes, pair = 2 * p_after_ds;
-  static constexpr int sums_at = strips_at + buffers * pair;      // of summary tokens, (3, G, D) in fp32
-  // Where a summary token's columns lie: turned by the token, so that 8 rows of 4 lanes fall on different banks.
-  VIDLA_HOST_DEVICE static int in_sums(int row, int token, int column) {
-    return sums_at + 4 * (row * D + (column + 8 * (D == 32 ? token >> 1 : token)) % D);
+  static constexpr int table = keys * Row::bytes;  // of K or V
+  static constexpr int v_at = 2 * table;
+  static constexpr int rows = chunk * Row::bytes;  // of Q or dO in a slot, side by side
+  static constexpr int slots_at = 3 * table, out_at = slots_at + 2 * rows * slots;
+  static constexpr int strips_at = out_at + rows, strip = keys * Strip::bytes;
+  static constexpr int stats_at = strips_at + strips * strip, stats = 3 * 4 * chunk;  // a slot's lse, -delta, limits
+  static constexpr int kept_at = stats_at + slots * stats;  // a unit's numbers, by key warp
+  static constexpr int barriers_at = kept_at + 16 * owners;
+  static constexpr int deltas_at = (barriers_at + 8 * (2 * slots + 2 * strips + 2) + 15) / 16 * 16;  // of a frame's queries
+
+  static constexpr bool wgmma = false;
+  static int whole_chunks(int queries) { return (queries + chunk - 1) / chunk * chunk; }
+  static int needs(const Layout& p) { return deltas_at + 4 * whole_chunks(p.queries()); }  // bytes, without the sums
+  static bool serves(const Layout&) { return true; }
+  static void describe(char* text, size_t size) {
+    snprintf(text, size, "%d keys a turn, %d + 1 warps, %d tiles, %d slots, %d strips, %d blocks", keys, owners, tiles, slots,
+             strips, blocks);
   }
 };
 
@@ -70,428 +113,527 @@ template <class C> struct Lane {
   }
 };
 
-// What a warp knows of its query rows. [i]: tile, [h]: rows g and g + 8 of it.
-template <class T, class C> struct Queries {
-  static constexpr int D = C::D, tiles = C::tiles, chunk = C::chunk;
-  uint32_t q[tiles][D / 16][4], d_out[tiles][D / 16][4];
-  float d_q[tiles][D / 8][4];
-  float lse[tiles][2], minus_delta[tiles][4];  // the latter as an accumulator: a row's number in both columns
+// What warps of both duties know.
+template <class T, class C> struct Block {
+  static constexpr int D = C::D, tiles = C::tiles, chunk = C::chunk, units = D / 8;
+  const Gradient& p;
+  const uint32_t base = shared_base();
+  const int lane = thread_index() & 31, g = lane / 4, j = lane % 4;
+  const int queries = p.queries(), keys = p.keys(), chunks = (queries + chunk - 1) / chunk;
+  const uint32_t full = base + C::barriers_at, empty = full + 8 * C::slots;  // mbarriers: slots,
+  const uint32_t stored = empty + 8 * C::slots, taken = stored + 8 * C::strips;  // strips,
+  const uint32_t k_empty = taken + 8 * C::strips;  // tables of K
+  const uint32_t sums = base + C::deltas_at + 4 * chunks * chunk;  // of summary tokens, (3, G, D) in fp32
+  const Lane<C> in{lane};
 
-  // Phase 1 for 16 keys. k_at: 16 rows of K in the ring; ds_at: where this lane's part of dS goes, in the strip. limit(i,
-  // h): the keys that row of this lane sees, counted from this lane's first; asked only where masked.
-  template <bool masked, class Limit>
-  VIDLA_DEVICE void step(uint32_t k_at, uint32_t ds_at, const Lane<C>& in, float scale_log2, Limit limit) {
-    float s[tiles][2][4] = {}, t[tiles][2][4];  // scores, then P; dP - delta, then dS
-    const uint32_t b_at = k_at + in.b;
-#pragma unroll
-    for (int d = 0; d < D / 16; ++d) {
-      uint32_t b[4];
-      ldmatrix_x4(b, Rows<D>::along(b_at, 2 * d));
-#pragma unroll
-      for (int i = 0; i < tiles; ++i) {
-        mma_m16n8k16<T>(s[i][0], q[i][d], b[0], b[1]);
-        mma_m16n8k16<T>(s[i][1], q[i][d], b[2], b[3]);
-      }
-    }
-#pragma unroll
-    for (int d = 0; d < D / 16; ++d) {
-      uint32_t b[4];
-      ldmatrix_x4(b, Rows<D>::along(b_at, 2 * d) + C::v_after_k);
-#pragma unroll
-      for (int i = 0; i < tiles; ++i) {
-        mma_m16n8k16<T>(t[i][0], d_out[i][d], b[0], b[1], d ? t[i][0] : minus_delta[i]);
-        mma_m16n8k16<T>(t[i][1], d_out[i][d], b[2], b[3], d ? t[i][1] : minus_delta[i]);
-      }
-    }
+  VIDLA_DEVICE explicit Block(const Gradient& problem) : p(problem) {}
 
-    uint32_t ds[tiles][4], b[D / 16][4];
-    auto load_k = [&](int d) { ldmatrix_x4_trans(b[d], Rows<D>::along(k_at + in.b_trans, 2 * d)); };
+  // The first tile of 16 keys that a key warp has in a turn, if there are so many: shares differ by one at most.
+  VIDLA_DEVICE int first_tile(int owner) const {
+    return owner * (p.turn_tiles / C::owners) + least(owner, p.turn_tiles % C::owners);
+  }
+  // Whether the last key warp fetches the query rows, having fewer tiles than it can; else the query warp does.
+  VIDLA_DEVICE bool keys_fetch() const { return p.turn_tiles < C::owners * C::tiles; }
+  VIDLA_DEVICE int tiles_of(const Pass& at) const {  // of 16 keys, in a turn
+    return least(p.turn_tiles, p.padded_keys() / 16 - at.turn * p.turn_tiles);
+  }
+
+  // Rows `first` + g, `first` + g + 8, ... of a gradient: patches are final. A summary token's are added to its segment's
+  // sum, where there may be some. A sum is always the same thread's; with the segment's last frame it goes out.
+  template <bool some_summary, int count>
+  VIDLA_DEVICE void leave(const Unit& of, const Pass& at, const float (&acc)[count][D / 8][4], int part, int first, int end,
+                          float factor) const {
+    const int lane = not_ahead(thread_index()) & 31, g = lane / 4, j = lane % 4;
+    T* to = static_cast<T*>(p.d_qkv) + of.in_d_qkv(p, D) + part * p.heads * D;
+    to += int64_t(p.query_token(at.frame, 0) + first + g) * (3 * p.heads * D) + (j % 2 ? 2 * j + 6 : 2 * j);
 #pragma unroll
-    for (int d = 0; d < D / 16 && tiles > 1; ++d) load_k(d);  // where there are registers for it, before they are waited for
-    int limits[tiles][2];  // each asked for once, all before any is waited for: in a clip's first frame they are in memory
-    if (masked) {
+    for (int i = 0; i < 2 * count; ++i) {
+      const int row = first + 8 * i + g;
+      if (!some_summary || first + 8 * i < p.patches) {
 #pragma unroll
-      for (int i = 0; i < 2 * tiles; ++i) limits[i / 2][i % 2] = limit(i / 2, i % 2);
-    }
+        for (int d = 0; d < D / 16; ++d)
+          store_16_columns(to + 16 * d, acc[i / 2][2 * d] + i % 2 * 2, acc[i / 2][2 * d + 1] + i % 2 * 2, factor,
+                           !some_summary || row < p.patches);
+      }
+      if (some_summary && first + 8 * i + 8 > p.patches && first + 8 * i < end) {
+        const bool active = row >= p.patches && row < end, more = active && at.frame > of.begin;
+        const bool stays = p.sums_stay && at.left > 1;
+        const int token = row - p.patches, sum = part * p.summary() + token;
+        const int64_t segment = of.of_head(p) * p.segments + of.begin / p.segment_frames;
+        float* out = p.partials + (segment * 3 * p.summary() + sum) * D + 2 * j;
+        // Turned by the token, so that 8 rows of 4 lanes fall on different banks.
+        auto here = [&](int c) { return sums + 4 * (sum * D + (8 * c + 2 * j + 8 * (D == 32 ? token >> 1 : token)) % D); };
+        Word2 before[D / 8];  // all of it asked for before any is waited for
 #pragma unroll
-    for (int i = 0; i < tiles; ++i) {
+        for (int c = 0; c < D / 8; ++c)
+          before[c] = p.sums_stay ? load_shared(here(c), more) : load_global<Word2>(out + 8 * c, more);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {  // register e of an A operand: rows g + 8 * (e % 2), columns 8 * (e / 2) + 2 j
-        float *x = s[i][e / 2] + e % 2 * 2, *y = t[i][e / 2] + e % 2 * 2;
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          x[c] = exp2_fast(x[c] * scale_log2 - lse[i][e % 2]);
-          if (masked && e / 2 * 8 + c >= limits[i][e % 2]) x[c] = 0;
-          y[c] *= x[c];
+        for (int c = 0; c < D / 8; ++c) {
+          const float* two = acc[i / 2][c] + i % 2 * 2;
+          const float x = two[0] * factor + as_float(before[c].x[0]), y = two[1] * factor + as_float(before[c].x[1]);
+          if (stays) store_shared(here(c), Word2{{as_word(x), as_word(y)}}, active);
+          else store_global(out + 8 * c, Word2{{as_word(x), as_word(y)}}, active);
         }
-        ds[i][e] = pack<T>(y[0], y[1]);
-        const uint32_t to = Rows<chunk>::along(ds_at, e / 2) + (16 * i + e % 2 * 8) * Rows<chunk>::bytes;
-        store_shared(to, ds[i][e]);
-        store_shared(to + C::p_after_ds, pack<T>(x[0], x[1]));
       }
+      to += int64_t(8) * 3 * p.heads * D;
     }
+  }
+
+  // copy(offset in the table, token, rows further than it, unit, valid) for 16 rows of a table: `number` of a frame
+  // and following. token(n): the n-th that is no patch; from `end` on there are none.
+  template <class Copy, class Token>
+  VIDLA_DEVICE void copy_16_rows(int frame, int number, int end, Copy copy, Token token) const {
+    constexpr int at_once = 32 % units ? 1 : 32 / units;  // rows
+    const int lane = not_ahead(thread_index()) & 31;
+    if (32 % units == 0 && number + 16 <= p.patches) {
+      const int row = lane / units, unit = lane % units, first = p.query_token(frame, number);
 #pragma unroll
-    for (int d = 0; d < D / 16; ++d) {
-      if (tiles == 1) load_k(d);
-#pragma unroll
-      for (int i = 0; i < tiles; ++i) {
-        mma_m16n8k16<T>(d_q[i][2 * d], ds[i], b[d][0], b[d][1]);
-        mma_m16n8k16<T>(d_q[i][2 * d + 1], ds[i], b[d][2], b[d][3]);
-      }
+      for (int i = 0; i < 16; i += at_once) copy(C::Row::at(row + i, unit), first + row, i, unit, true);
+      return;
+    }
+#pragma unroll 1
+    for (int i = lane; i < 16 * units; i += 32) {
+      const int row = i / units, unit = i % units, n = number + row;
+      const int of_row = n >= end ? 0 : n < p.patches ? p.query_token(frame, n) : token(n - p.patches);
+      copy(C::Row::at(row, unit), of_row, 0, unit, n < end);
     }
   }
 };
 
-// Phase 2: acc (16 * m keys, 16 * n columns) = strip' * table, over `rows` queries; where this lane reads them.
-template <class T, class C, int m, int n>
-VIDLA_DEVICE void transposed_product(float (&acc)[m][2 * n][4], uint32_t strip_at, uint32_t table_at, int rows) {
-  using Strip = Rows<C::chunk>;
-  using Table = Rows<C::D>;
-  uint32_t a_at[m], b_at[n];
+// Brings query rows into the slots, two chunks ahead of the one that is multiplied, and delta with them.
+template <class T, class C> struct Fetcher : Block<T, C> {
+  using B = Block<T, C>;
+  using B::p, B::base, B::in, B::g, B::j, B::D, B::chunk, B::queries, B::chunks;
+  // The chunk to be fetched next, from where and where to.
+  Pass ahead;
+  const T *q, *d_out, *out;  // of its head
+  const float* lse;
+  int first_frame;
+  int ahead_chunk = 0;
+  Place<C::slots> ahead_slot;
+  // Of the chunk on its way: this lane's row is 8 j + g.
+  bool on_its_way = false, way_fresh = false;
+  int way_slot = 0, way_limit = 0, way_row = 0;
+  float way_lse = 0;
+
+  VIDLA_DEVICE explicit Fetcher(const Gradient& problem) : B(problem), ahead(Pass::first(problem, block_index())) { begin(); }
+
+  VIDLA_DEVICE void begin() {  // a unit
+    const Unit of = Unit::number(p, ahead.unit);
+    q = static_cast<const T*>(p.qkv) + of.in_qkv(p);
+    d_out = static_cast<const T*>(p.d_out) + of.in_out(p, D), out = static_cast<const T*>(p.out) + of.in_out(p, D);
+    lse = p.lse + of.of_head(p) * p.sequence();
+    first_frame = of.begin;
+  }
+  VIDLA_DEVICE bool fresh(int token) const {  // its delta isn't known yet
+    return ahead.turn == 0 && (ahead.frame == first_frame || token >= p.summary());
+  }
+
+  VIDLA_DEVICE void fetch_rows() {
+    if (!(on_its_way = ahead.some(p))) return;
+    mbarrier_wait(B::empty + 8 * ahead_slot.at(), ahead_slot.phase() ^ 1);
+    const int first = ahead_chunk * chunk, q_stride = int(p.qkv_token), stride = p.heads * D;
+#pragma unroll 1
+    for (int i = 0; i < chunk; i += 16) {
+      const uint32_t to = base + C::slots_at + ahead_slot.at() * 2 * C::rows + i * C::Row::bytes;
+      const uint32_t out_to = base + C::out_at + i * C::Row::bytes;
+      auto copy = [&](uint32_t here, int token, int further, int unit, bool valid) {
+        const int64_t from = (int64_t(token) * stride + 8 * unit) + int64_t(further) * stride;
+        cp_async_16(to + here, q + (int64_t(token) * q_stride + 8 * unit) + int64_t(further) * q_stride, valid);
+        cp_async_16(to + C::rows + here, d_out + from, valid);
+        cp_async_16(out_to + here, out + from, valid && fresh(token));
+      };
+      B::copy_16_rows(ahead.frame, first + i, queries, copy, [](int n) { return n; });
+    }
+    const int row = first + 8 * j + g;
+    const int token = row < queries ? p.query_token(ahead.frame, row) : 0;
+    way_lse = as_float(load_global<uint32_t>(lse + token, true));
+    if (row >= queries || (row >= p.patches && !p.frame_visible(ahead.frame, token))) way_lse = -minus_infinity;
+    way_limit = p.limit(ahead.frame, row);
+    way_row = row, way_fresh = fresh(token);
+    way_slot = ahead_slot.at();
+    ahead_slot = ahead_slot.next();
+    if (++ahead_chunk == chunks) {
+      const Pass next = ahead.next(p);
+      const bool other = next.unit != ahead.unit;
+      ahead_chunk = 0, ahead = next;
+      if (other) begin();
+    }
+  }
+
+  // The rows on their way have landed: delta, and what else key warps must know of them.
+  VIDLA_DEVICE void hand_over_rows() const {
+    const uint32_t d_out_at = base + C::slots_at + way_slot * 2 * C::rows + C::rows;
+    float delta = 0;
 #pragma unroll
-  for (int i = 0; i < m; ++i) a_at[i] = Strip::along(strip_at, 2 * i);
+    for (int i = 0; i < 2; ++i) {
+      float products[2][4] = {};
 #pragma unroll
-  for (int c = 0; c < n; ++c) b_at[c] = Table::along(table_at, 2 * c);
-#pragma unroll 2
-  for (int row = 0; row < rows; row += 16) {
-    uint32_t a[m][4];
+      for (int d = 0; d < D / 16; ++d) {
+        uint32_t a[4], b[4];
+        ldmatrix_x4(a, C::Row::along(d_out_at + in.b_trans, 2 * d) + 16 * i * C::Row::bytes);
+        ldmatrix_x4(b, C::Row::along(base + C::out_at + in.b, 2 * d) + 16 * i * C::Row::bytes);
+        mma_m16n8k16<T>(products[0], a, b[0], b[1]);
+        mma_m16n8k16<T>(products[1], a, b[2], b[3]);
+      }
 #pragma unroll
-    for (int i = 0; i < m; ++i) {  // stored by query: the transposed matrices of keys 0-7, 8-15, for queries 0-7, 8-15
-      ldmatrix_x4_trans(a[i], a_at[i]);
-      a_at[i] += 16 * Strip::bytes;
+      for (int h = 0; h < 2; ++h) {  // row g + 8 h by column g: with the lane whose columns are 2 j and 2 j + 1
+        const float mine = g % 2 ? products[h][2 * h + 1] : products[h][2 * h];
+        const float of_row = shuffle(mine, 4 * g + g / 2);
+        if (j == 2 * i + h) delta = of_row;
+      }
+    }
+    const uint32_t known = base + C::deltas_at + 4 * way_row;
+    if (way_row >= queries) delta = 0;
+    else if (!way_fresh) delta = as_float(load_shared(known));
+    const uint32_t stats = base + C::stats_at + way_slot * C::stats + 4 * (8 * j + g);
+    store_shared(stats, as_word(way_lse));
+    store_shared(stats + 4 * chunk, as_word(-delta));
+    store_shared(stats + 8 * chunk, uint32_t(way_limit));
+    store_shared(known, as_word(delta));
+    mbarrier_arrive(B::full + 8 * way_slot);
+  }
+
+  // Hands over what was fetched the last time and fetches what comes next.
+  VIDLA_DEVICE void fetch() {
+    cp_async_wait<0>();
+    warp_sync();
+    if (on_its_way) hand_over_rows();
+    fetch_rows();
+    cp_async_commit();
+  }
+
+  VIDLA_DEVICE void start() { fetch(), fetch(); }
+};
+
+// A key warp. `count`: tiles of 16 keys it has in a turn.
+template <class T, class C> struct KeyWarp : Block<T, C> {
+  using B = Block<T, C>;
+  using B::p, B::base, B::in, B::g, B::j, B::D;
+  const int tile, share;  // its tiles of 16 keys in every turn, as far as there are so many
+  const uint32_t kept;    // where it keeps the unit
+  int passes = 0, number = 0;  // so far, and chunks; from which the places in the rings follow
+
+  VIDLA_DEVICE KeyWarp(const Gradient& problem, int owner)
+      : B(problem),
+        tile(B::first_tile(owner)),
+        share(B::first_tile(owner + 1) - tile),
+        kept(B::base + C::kept_at + 16 * owner) {}
+
+  // A unit's numbers, kept in shared memory.
+  VIDLA_DEVICE void enter(const Unit& of) const {
+    warp_sync();
+    store_shared(kept, Word2{{uint32_t(of.batch), uint32_t(of.head)}}, B::lane == 0);
+    store_shared(kept + 8, Word2{{uint32_t(of.begin), 0}}, B::lane == 0);
+    warp_sync();
+  }
+  VIDLA_DEVICE Unit unit() const {
+    const Word2 a = load_shared(kept, true), b = load_shared(kept + 8, true);
+    return {int(a.x[0]), int(a.x[1]), int(b.x[0])};
+  }
+
+  VIDLA_DEVICE Place<C::slots> slot() const { return {int(unsigned(number) % (2 * C::slots))}; }
+  VIDLA_DEVICE Place<C::strips> strip() const { return {int(unsigned(number) % (2 * C::strips))}; }
+  VIDLA_DEVICE Place<2> table() const { return {passes & 3}; }  // of K
+
+  VIDLA_DEVICE int count_in(const Pass& at) const {
+    const int left = B::tiles_of(at) - tile;
+    return left < 0 ? 0 : least(left, share);
+  }
+
+  // 16 query rows from `row` of the slot on. k, v: fragments; row_0: where the warp's keys begin in a strip; key_0: its first
+  // key in the frame.
+  template <bool masked, int count>
+  VIDLA_DEVICE void step(const uint32_t (&k)[1][D / 16][4], const uint32_t (&v)[count][D / 16][4],
+                         float (&d_k)[count][D / 8][4], float (&d_v)[count][D / 8][4], int row, int row_0, int key_0) const {
+    const int lane = not_ahead(thread_index()) & 31, g = lane / 4, j = lane % 4;
+    const Lane<C> in(lane);
+    const uint32_t q_at = base + C::slots_at + slot().at() * 2 * C::rows + row * C::Row::bytes;
+    const uint32_t stats = base + C::stats_at + slot().at() * C::stats + 4 * (row + 2 * j);
+    const uint32_t strip_at = base + C::strips_at + strip().at() * C::strip + row_0 * C::Strip::bytes + in.strip;
+    const uint32_t ds_at = C::Strip::along(strip_at, row / 8);
+    const uint32_t k_at = base + table().at() * C::table + row_0 * C::Row::bytes + in.b_trans;
+    float s[count][2][4] = {}, t[count][2][4];  // [n]: 8 columns; scores, then P'; dP' - delta, then dS'
+    float lse[2][2], minus_delta[2][4];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const Word2 l = load_shared(stats + 32 * n, true), d = load_shared(stats + 4 * C::chunk + 32 * n, true);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) lse[n][e % 2] = as_float(l.x[e % 2]), minus_delta[n][e] = as_float(d.x[e % 2]);
     }
 #pragma unroll
-    for (int c = 0; c < n; ++c) {
+    for (int d = 0; d < D / 16; ++d) {
       uint32_t b[4];
-      ldmatrix_x4_trans(b, b_at[c]);
-      b_at[c] += 16 * Table::bytes;
+      ldmatrix_x4(b, C::Row::along(q_at + in.b, 2 * d));
 #pragma unroll
-      for (int i = 0; i < m; ++i) {
-        mma_m16n8k16<T>(acc[i][2 * c], a[i], b[0], b[1]);
-        mma_m16n8k16<T>(acc[i][2 * c + 1], a[i], b[2], b[3]);
+      for (int i = 0; i < count; ++i) {
+        uint32_t a[4];
+        if (i >= C::k_kept) ldmatrix_x4(a, C::Row::along(k_at, 2 * d) + 16 * i * C::Row::bytes);
+        else for (int e = 0; e < 4; ++e) a[e] = k[i][d][e];
+        mma_m16n8k16<T>(s[i][0], a, b[0], b[1]);
+        mma_m16n8k16<T>(s[i][1], a, b[2], b[3]);
+      }
+    }
+#pragma unroll
+    for (int d = 0; d < D / 16; ++d) {
+      uint32_t b[4];
+      ldmatrix_x4(b, C::Row::along(q_at + in.b, 2 * d) + C::rows);
+#pragma unroll
+      for (int i = 0; i < count; ++i) {
+        mma_m16n8k16<T>(t[i][0], v[i][d], b[0], b[1], d ? t[i][0] : minus_delta[0]);
+        mma_m16n8k16<T>(t[i][1], v[i][d], b[2], b[3], d ? t[i][1] : minus_delta[1]);
+      }
+    }
+
+    uint32_t w[count][4], ds[count][4];  // P' and dS' in 16 bits
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {  // register e of an A operand: rows g + 8 * (e % 2), columns 8 * (e / 2) + 2 j
+        const int n = e / 2;
+        float *x = s[i][n] + e % 2 * 2, *y = t[i][n] + e % 2 * 2;
+        Word2 limit;
+        if (masked) limit = load_shared(stats + 8 * C::chunk + 32 * n, true);
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          x[c] = exp2_fast(x[c] * p.scale_log2 - lse[n][c]);
+          if (masked && key_0 + 16 * i + e % 2 * 8 + g >= int(limit.x[c])) x[c] = 0;
+          y[c] *= x[c];
+        }
+        w[i][e] = pack<T>(x[0], x[1]);
+        ds[i][e] = pack<T>(y[0], y[1]);
+        store_shared(C::Strip::along(ds_at, n) + (16 * i + e % 2 * 8) * C::Strip::bytes, ds[i][e]);
+      }
+    }
+#pragma unroll
+    for (int d = 0; d < D / 16; ++d) {
+      uint32_t b[4];
+      ldmatrix_x4_trans(b, C::Row::along(q_at + in.b_trans, 2 * d) + C::rows);
+#pragma unroll
+      for (int i = 0; i < count; ++i) {
+        mma_m16n8k16<T>(d_v[i][2 * d], w[i], b[0], b[1]);
+        mma_m16n8k16<T>(d_v[i][2 * d + 1], w[i], b[2], b[3]);
+      }
+    }
+#pragma unroll
+    for (int d = 0; d < D / 16; ++d) {
+      uint32_t b[4];
+      ldmatrix_x4_trans(b, C::Row::along(q_at + in.b_trans, 2 * d));
+#pragma unroll
+      for (int i = 0; i < count; ++i) {
+        mma_m16n8k16<T>(d_k[i][2 * d], ds[i], b[0], b[1]);
+        mma_m16n8k16<T>(d_k[i][2 * d + 1], ds[i], b[2], b[3]);
       }
     }
   }
-}
+
+  // K and V of the warp's keys in a turn, for its next pass.
+  VIDLA_DEVICE void fetch(const Unit& of, const Pass& at, int to_table) const {
+    const T* k = static_cast<const T*>(p.qkv) + of.in_qkv(p) + p.qkv_third;
+    const int key_0 = 16 * (at.turn * p.turn_tiles + tile), stride = int(p.qkv_token);
+#pragma unroll 1
+    for (int i = 0; i < 16 * count_in(at); i += 16) {
+      const uint32_t to = base + (16 * tile + i) * C::Row::bytes;
+      auto copy = [&](uint32_t here, int token, int further, int unit, bool valid) {
+        const T* from = k + (int64_t(token) * stride + 8 * unit) + int64_t(further) * stride;
+        cp_async_16(to + to_table * C::table + here, from, valid);
+        cp_async_16(to + C::v_at + here, from + p.qkv_third, valid);
+      };
+      // Padding is zero, because 0 * NaN would spoil dQ.
+      B::copy_16_rows(at.frame, key_0 + i, B::keys, copy, [&](int n) { return n < p.mst() ? 1 + n : 0; });
+    }
+    cp_async_commit();
+  }
+
+  // All query rows of the frame, for one chunk after another; work(row) for 16 of them.
+  template <class Work, class Ahead> VIDLA_DEVICE void walk(const Pass& at, Ahead ahead, Work work) {
+#pragma unroll 1
+    for (; number < (passes + 1) * B::chunks; ++number) {
+      const int c = number - passes * B::chunks;
+      ahead();
+      mbarrier_wait(B::full + 8 * slot().at(), slot().phase());
+      mbarrier_wait(B::taken + 8 * strip().at(), strip().phase() ^ 1);
+      if (c == least(1, B::chunks - 1)) {
+        const Pass next = at.next(p);
+        warp_sync();  // all lanes have V's fragments
+        const Place<2> other = table().next();
+        mbarrier_wait(B::k_empty + 8 * other.at(), other.phase() ^ 1);
+        if (next.some(p)) fetch(next.unit == at.unit ? unit() : Unit::number(p, next.unit), next, other.at());
+      }
+#pragma unroll 1
+      for (int row = 0; row < C::chunk && c * C::chunk + row < B::queries; row += 16) work(row);
+      mbarrier_arrive(B::stored + 8 * strip().at());
+      mbarrier_arrive(B::empty + 8 * slot().at());
+    }
+  }
+
+  template <bool masked, int count, class Ahead> VIDLA_DEVICE void pass(const Pass& at, Ahead ahead) {
+    const int row_0 = 16 * tile, key_0 = 16 * (at.turn * p.turn_tiles + tile);
+    // Of one tile K stays in registers, where there are enough; else it is read again.
+    uint32_t k[1][D / 16][4], v[count][D / 16][4];
+    float d_k[count][D / 8][4] = {}, d_v[count][D / 8][4] = {};
+    const Lane<C> in(not_ahead(thread_index()) & 31);
+    const uint32_t k_at = base + table().at() * C::table + row_0 * C::Row::bytes + in.b_trans;
+    const uint32_t v_from = base + C::v_at + row_0 * C::Row::bytes + in.b_trans;
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+#pragma unroll
+      for (int d = 0; d < D / 16; ++d) {
+        if (i < C::k_kept) ldmatrix_x4(k[i][d], C::Row::along(k_at, 2 * d) + 16 * i * C::Row::bytes);
+        ldmatrix_x4(v[i][d], C::Row::along(v_from, 2 * d) + 16 * i * C::Row::bytes);
+      }
+    }
+    walk(at, ahead, [&](int row) { step<masked>(k, v, d_k, d_v, row, row_0, key_0); });
+    const Unit of = unit();
+    B::template leave<masked>(of, at, d_k, 1, key_0, B::keys, p.scale);
+    B::template leave<masked>(of, at, d_v, 2, key_0, B::keys, 1.f);
+  }
+
+  template <bool fetches> VIDLA_DEVICE void run() {
+    Fetcher<T, C> rows(p);
+    auto ahead = [&] {
+      if (fetches) rows.fetch();
+    };
+    Pass at = Pass::first(p, block_index());
+    enter(Unit::number(p, at.unit));
+    fetch(unit(), at, 0);
+    if (fetches) rows.start();
+#pragma unroll 1
+    while (at.some(p)) {
+      const int count = count_in(at);
+      const bool masked = 16 * (at.turn * p.turn_tiles + tile + count) > p.patches;
+      cp_async_wait<0>();
+      warp_sync();  // its keys are there; for the query warp, when dS' is stored
+      if (!fetches && count == C::tiles && !masked) pass<false, C::tiles>(at, ahead);
+      else if (!fetches && count == C::tiles) pass<true, C::tiles>(at, ahead);
+      else if (C::tiles > 1 && count == 1) pass<true, 1>(at, ahead);
+      else walk(at, ahead, [](int) {});
+      ++passes;
+      const Pass next = at.next(p);
+      if (next.unit != at.unit) enter(Unit::number(p, next.unit));
+      at = next;
+    }
+  }
+};
+
+template <class T, class C> struct QueryWarp : Block<T, C> {
+  using B = Block<T, C>;
+  using B::p, B::base, B::in, B::g, B::j, B::D, B::chunk, B::queries, B::chunks;
+  Place<C::strips> strip;
+  Place<2> table;  // of K
+
+  using B::B;
+
+  // 16 * m rows of dQ: those of chunk c. begun: by a turn before.
+  template <int m, bool begun> VIDLA_DEVICE void multiply(const Unit& of, const Pass& at, int c) {
+    float d_q[m][D / 8][4], zero[4] = {};
+    const uint32_t ds_at = base + C::strips_at + strip.at() * C::strip + in.strip_trans;
+    const uint32_t k_at = base + table.at() * C::table + in.b_trans;
+    // A tile of 16 keys is multiplied while another is loaded, or two, where there are registers for them.
+    constexpr int halves = D > 96 ? 1 : 2;
+    uint32_t a[halves][m][4], b[halves][D / 16][4];
+    const int tiles = B::tiles_of(at);
+    int next = 0;  // the tile to be loaded; past the last, the last once more, for nothing
+    float* carry = p.carry + ((int64_t(block_index()) * chunks + c) * chunk + g) * D + 2 * j;
+    auto in_carry = [&](int i, int n) { return carry + 8 * i * D + 8 * n; };
+    if (begun) {
+#pragma unroll
+      for (int i = 0; i < 2 * m; ++i) {
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) {
+          const Word2 two = load_global<Word2>(in_carry(i, n), true);
+          d_q[i / 2][n][i % 2 * 2] = as_float(two.x[0]), d_q[i / 2][n][i % 2 * 2 + 1] = as_float(two.x[1]);
+        }
+      }
+    }
+    mbarrier_wait(B::stored + 8 * strip.at(), strip.phase());
+    auto load_a = [&](int half) {
+#pragma unroll
+      for (int i = 0; i < m; ++i)
+        ldmatrix_x4_trans(a[half][i], C::Strip::along(ds_at + 16 * next * C::Strip::bytes, 2 * i));
+    };
+    auto load_b = [&](int half, int d) {
+      ldmatrix_x4_trans(b[half][d], C::Row::along(k_at + 16 * next * C::Row::bytes, 2 * d));
+    };
+    auto go_on = [&] { next = least(next + 1, tiles - 1); };
+    // Multiplies a tile and loads a later one to its place.
+    auto product = [&](int half, bool first) {
+#pragma unroll
+      for (int d = 0; d < D / 16; ++d) {
+#pragma unroll
+        for (int i = 0; i < m; ++i) {
+          mma_m16n8k16<T>(d_q[i][2 * d], a[half][i], b[half][d][0], b[half][d][1], first ? zero : d_q[i][2 * d]);
+          mma_m16n8k16<T>(d_q[i][2 * d + 1], a[half][i], b[half][d][2], b[half][d][3], first ? zero : d_q[i][2 * d + 1]);
+        }
+        load_b(half, d);
+      }
+      load_a(half);
+      go_on();
+    };
+    for (int half = 0; half < halves; ++half) {
+      load_a(half);
+#pragma unroll
+      for (int d = 0; d < D / 16; ++d) load_b(half, d);
+      go_on();
+    }
+    product(0, !begun);
+#pragma unroll 1
+    for (int tile = 1; tile + 1 < tiles; tile += 2) product(1 % halves, false), product(0, false);
+    if (tiles % 2 == 0) product(1 % halves, false);
+    mbarrier_arrive(B::taken + 8 * strip.at());
+    strip = strip.next();
+
+    const int first = c * chunk;
+    if (at.turn + 1 < p.turns) {
+#pragma unroll
+      for (int i = 0; i < 2 * m; ++i) {
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) {
+          const float* two = d_q[i / 2][n] + i % 2 * 2;
+          store_global(in_carry(i, n), Word2{{as_word(two[0]), as_word(two[1])}}, true);
+        }
+      }
+      return;
+    }
+    if (first + 16 * m <= p.patches) B::template leave<false>(of, at, d_q, 0, first, queries, p.scale);
+    else B::template leave<true>(of, at, d_q, 0, first, queries, p.scale);
+  }
+
+  VIDLA_DEVICE void run() {
+    Fetcher<T, C> rows(p);
+    const bool fetches = !B::keys_fetch();
+    if (fetches) rows.start();
+#pragma unroll 1
+    for (Pass at = Pass::first(p, block_index()); at.some(p);) {
+      const Unit of = Unit::number(p, at.unit);
+#pragma unroll 1
+      for (int c = 0; c < chunks; ++c) {
+        if (fetches) rows.fetch();
+        const bool two = c * chunk + 16 < queries;
+        if (at.turn == 0) two ? multiply<2, false>(of, at, c) : multiply<1, false>(of, at, c);
+        else two ? multiply<2, true>(of, at, c) : multiply<1, true>(of, at, c);
+      }
+      mbarrier_arrive(B::k_empty + 8 * table.at());
+      table = table.next();
+      at = at.next(p);
+    }
+  }
+};
 
 template <class T, class C> VIDLA_KERNEL(32 * C::warps, C::blocks) hierarchical_bwd_frames(Gradient p) {
-  constexpr int D = C::D, warps = C::warps, tiles = C::tiles, rows = C::rows, chunk = C::chunk, units = D / 8;
-  const int thread = thread_index(), warp = thread >> 5;
-  const int third = p.heads * D, token_stride = 3 * third, qkv_token = int(p.qkv_token);
-  const int queries = p.queries(), keys = p.keys(), padded = p.padded_keys();
-  const int chunks = (padded + chunk - 1) / chunk, turns = (queries + C::capacity - 1) / C::capacity;
-  const uint32_t base = shared_base();
-  const int mine = warp * rows;  // in the tables
-
-  // Where an item begins, in elements; told afresh at each use, for 64-bit bases kept in registers spill.
-  auto in_qkv = [&](const Item& o) { return not_ahead(o.batch) * p.qkv_batch + o.head * p.qkv_head; };
-  auto in_d_qkv = [&](const Item& o) { return (int64_t(not_ahead(o.batch)) * p.sequence() * 3 * p.heads + o.head) * D; };
-  auto in_out = [&](const Item& o) { return (int64_t(not_ahead(o.batch)) * p.sequence() * p.heads + o.head) * D; };
-  auto of_head = [&](const Item& o) { return int64_t(not_ahead(o.batch)) * p.heads + o.head; };
-
-  // Who fetches: the warps without rows of their own, or else all. 16 bytes a thread, by cp.async.
-  using First = std::integral_constant<int, C::owners < warps ? C::owners : 0>;
-  const bool fetches = warp >= First::value;
-
-  // Rows `from` to `to` of a tile of two tables, `apart` bytes after one another at `at`, whose row 0 is number `origin` of
-  // a frame; rows from `end` on are zeros. a(), b(): the tensors at token 0. Whole warps go round the loops together.
-  // Warps from first_warp on do it.
-  auto fetch = [&](auto first_warp, uint32_t at, int apart, auto a, int a_token, auto b, int b_token, int frame,
-                   int origin, int from, int to, int end, auto summary_token) {
-    constexpr int fetchers = warps - decltype(first_warp)::value;
-    const int index = not_ahead(thread) - 32 * (warps - fetchers), to_patch = p.query_token(frame, 0);
-    constexpr int step = 32 * fetchers / units, group = step < 8 ? 8 : step;
-    if constexpr (32 * fetchers % units == 0 && group % 8 == 0) {  // patches: neighbouring tokens, nothing but sums
-      const int row = from + index / units, token = to_patch + origin + row, last = p.patches - origin;
-      const T *from_a = a() + (int64_t(token) * a_token + index % units * 8);
-      const T *from_b = b() + (int64_t(token) * b_token + index % units * 8);
-#pragma unroll 1
-      for (; from + group <= (to < last ? to : last); from += group) {
-#pragma unroll
-        for (int i = 0; i < group; i += step) {
-          const uint32_t here = at + C::Row::at(from + i + index / units, index % units);
-          cp_async_16(here, from_a, true);
-          cp_async_16(here + apart, from_b, true);
-          from_a += int64_t(step) * a_token, from_b += int64_t(step) * b_token;
-        }
-      }
-    }
-#pragma unroll 1
-    for (int i = from * units + index; i < to * units; i += 32 * fetchers) {
-      const int row = i / units, unit = i % units, number = origin + row;
-      const bool valid = number < end;
-      const int token = !valid ? 0 : number < p.patches ? to_patch + number : summary_token(number - p.patches);
-      const uint32_t here = at + C::Row::at(row, unit);
-      cp_async_16(here, a() + (int64_t(token) * a_token + 8 * unit), valid);
-      cp_async_16(here + apart, b() + (int64_t(token) * b_token + 8 * unit), valid);
-    }
-  };
-  auto fetch_queries = [&](auto first_warp, const Item& item, int turn, int set, int from, int to) {
-    if (item.unit >= p.units()) return;
-    auto q = [&] { return static_cast<const T*>(p.qkv) + in_qkv(item); };
-    auto d_out = [&] { return static_cast<const T*>(p.d_out) + in_out(item); };
-    fetch(first_warp, base + 2 * set * C::table, C::table, q, qkv_token, d_out, third, item.frame, turn * C::capacity,
-          from, to, queries, [](int i) { return i; });
-  };
-  auto fetch_keys = [&](const Item& item, int chunk_number, int slot) {
-    if (item.unit >= p.units()) return;
-    const int left = padded - chunk_number * chunk;  // padding is zero, because 0 * NaN would spoil dQ
-    auto k = [&] { return static_cast<const T*>(p.qkv) + in_qkv(item) + p.qkv_third; };
-    auto v = [&] { return static_cast<const T*>(p.qkv) + in_qkv(item) + 2 * p.qkv_third; };
-    fetch(First{}, base + C::keys_at + slot * C::slot, C::v_after_k, k, qkv_token, v, qkv_token, item.frame,
-          chunk_number * chunk, 0, left < chunk ? left : chunk, keys, [&](int i) { return i < p.mst() ? 1 + i : 0; });
-  };
-
-  // Output and lse of this warp's rows. The output is held like a B operand whose columns are the rows, so that the
-  // diagonal of dO times its transpose is delta. Spare rows load another row, and are left out of delta.
-  uint32_t o[tiles][D / 16][4];
-  float next_lse[tiles][2];
-  int next_stride[tiles][2];  // the row sees every so-manieth frame; 0: no row
-  auto load_rows = [&](const Item& item, int turn) {
-    const int lane = not_ahead(thread) & 31, first = turn * C::capacity + mine + lane / 4;
-    const T* out = static_cast<const T*>(p.out) + in_out(item) + lane % 4 * 2;
-    const float* lse = p.lse + of_head(item) * p.sequence();
-#pragma unroll
-    for (int i = 0; i < tiles; ++i) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int row = first + 16 * i + 8 * h;
-        const bool valid = row < queries && mine < C::capacity;
-        const int token = valid ? p.query_token(item.frame, row) : 0;
-        next_lse[i][h] = as_float(load_global<uint32_t>(lse + token, true));
-        next_stride[i][h] = valid ? 1 : 0;
-        if (valid && row >= p.patches) next_stride[i][h] = load_constant(p.rows + 3 * token + 2);
-        const T* from = out + int64_t(token) * third;
-#pragma unroll
-        for (int c = 0; c < D / 8; ++c) o[i][c / 2][2 * h + c % 2] = load_global<uint32_t>(from + 8 * c, true);
-      }
-    }
-  };
-
-  Item item = Item::first(p, block_index());
-  int turn = 0, set = 0, slot = 0;
-  if (fetches) {
-    if (C::sets == 2) fetch_queries(First{}, item, turn, set, 0, C::capacity);
-    fetch_keys(item, 0, slot);
+  const int warp = warp_index();
+  if (thread_index() == 0) {
+    const Block<T, C> in(p);
+    for (int i = 0; i < C::slots; ++i) mbarrier_init(in.full + 8 * i, 1), mbarrier_init(in.empty + 8 * i, C::owners);
+    for (int i = 0; i < C::strips; ++i) mbarrier_init(in.stored + 8 * i, C::owners), mbarrier_init(in.taken + 8 * i, 1);
+    for (int i = 0; i < 2; ++i) mbarrier_init(in.k_empty + 8 * i, 1);
   }
-  cp_async_commit();
-  load_rows(item, turn);
-
-#pragma unroll 1
-  while (item.unit < p.units()) {  // a turn over one frame
-    const bool last_turn = turn + 1 == turns;
-    const Item next = last_turn ? item.next(p) : item;
-    const int next_turn = last_turn ? 0 : turn + 1;
-    const int frame = item.frame, begin = turn * C::capacity, left = queries - begin;
-    const int used = left < C::capacity ? (left + 15) / 16 * 16 : C::capacity;  // rows with something in them
-    const int first = begin + mine;
-    const bool owner = first < queries && mine < C::capacity;
-    const uint32_t tables_at = base + 2 * set * C::table;
-    if (C::sets == 1) {
-      block_sync();  // phase 2 has read the tables and the strips
-      fetch_queries(std::integral_constant<int, 0>{}, item, turn, 0, 0, C::capacity);  // by all warps
-      cp_async_commit();
-    }
-    cp_async_wait<0>();
-    block_sync();  // Q, dO and the first keys are there; all are done with the item before
-
-    Queries<T, C> own;
-    if (!owner) own = {};  // left as it was, it would be live all the while
-#pragma unroll
-    for (int i = 0; i < tiles * D / 2; ++i) own.d_q[i / (D / 2)][i / 4 % (D / 8)][i % 4] = 0;
-    if (owner) {
-      const int lane = not_ahead(thread) & 31, g = lane / 4, j = lane % 4;
-      const uint32_t mine_at = tables_at + mine * C::Row::bytes + Lane<C>(lane).b_trans;
-#pragma unroll
-      for (int i = 0; i < tiles; ++i) {
-        float products[2][4] = {};
-#pragma unroll
-        for (int d = 0; d < D / 16; ++d) {
-          const uint32_t at = Rows<D>::along(mine_at, 2 * d) + 16 * i * Rows<D>::bytes;
-          ldmatrix_x4(own.q[i][d], at);
-          ldmatrix_x4(own.d_out[i][d], at + C::table);
-          mma_m16n8k16<T>(products[0], own.d_out[i][d], o[i][d][0], o[i][d][1]);
-          mma_m16n8k16<T>(products[1], own.d_out[i][d], o[i][d][2], o[i][d][3]);
-        }
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {  // row g + 8 h by column g: with the lane whose columns are 2 j and 2 j + 1
-          const float mine = g % 2 ? products[h][2 * h + 1] : products[h][2 * h];
-          float delta = g / 2 == j && next_stride[i][h] ? mine : 0;
-          delta += shuffle_xor(delta, 1);
-          delta += shuffle_xor(delta, 2);
-          own.minus_delta[i][2 * h] = own.minus_delta[i][2 * h + 1] = -delta;
-          own.lse[i][h] = next_lse[i][h];
-          if (first + rows > p.patches && (!next_stride[i][h] || frame % next_stride[i][h])) own.lse[i][h] = -minus_infinity;
-        }
-      }
-    }
-
-    // The next item's rows are fetched in parts, one with every chunk but the last.
-    const int parts = chunks > 1 ? chunks - 1 : 1, part_rows = (C::capacity / 16 + parts - 1) / parts * 16;
-    auto phase_1 = [&](int c) {
-      const Lane<C> in(not_ahead(thread) & 31);
-      const int common = first + rows <= p.patches ? keys : p.patches;  // every row that sees a key sees these
-      const uint32_t strip_at = base + C::strips_at + c % C::buffers * C::pair + mine * C::Strip::bytes + in.strip;
-      uint32_t k_at = base + C::keys_at + slot * C::slot;
-#pragma unroll 1
-      for (int local = 0; local < chunk && c * chunk + local < padded; local += 16) {
-        const int key = c * chunk + local;
-        const uint32_t ds_at = C::Strip::along(strip_at, local / 8);
-        auto limit = [&](int i, int h) {
-          const int lane = not_ahead(thread) & 31;
-          return p.limit(frame, first + 16 * i + 8 * h + lane / 4) - key - lane % 4 * 2;
-        };
-        if (key + 16 <= common) own.template step<false>(k_at, ds_at, in, p.scale_log2, limit);
-        else own.template step<true>(k_at, ds_at, in, p.scale_log2, limit);
-        k_at += 16 * C::Row::bytes;
-      }
-    };
-
-    // Adds two neighbouring columns of a summary token's gradient to its segment's sum. A sum is always the same thread's.
-    const bool opens = frame % p.segment_frames == 0;
-    const int64_t segment = of_head(item) * p.segments + frame / p.segment_frames;
-    auto add_to_sum = [&](float x, float y, int part, int token, int column, bool active) {
-      const int row = part * p.summary() + token;
-      const uint32_t at = base + C::in_sums(row, token, column);
-      float* to = p.partials + (segment * 3 * p.summary() + row) * D + column;
-      const bool more = active && !opens;
-      const Word2 before = p.sums_stay ? load_shared(at, more) : load_global<Word2>(to, more);
-      const Word2 sum{{as_word(x + as_float(before.x[0])), as_word(y + as_float(before.x[1]))}};
-      if (p.sums_stay) store_shared(at, sum, active);
-      else store_global(to, sum, active);
-    };
-
-    auto leave = [&](auto& acc, int key0, int part, int column) {  // a warp's dK or dV
-      constexpr int count = sizeof acc / sizeof acc[0], n = C::columns / 16;
-      const int lane = not_ahead(thread_index()) & 31, g = lane / 4, j = lane % 4;
-      const float factor = part == 1 ? p.scale : 1;
-      if (turns > 1) {
-        float* carry = p.carry + ((int64_t(block_index()) * padded + key0 + g) * 2 + part - 1) * D + column + 2 * j;
-        auto at = [&](int i, int c) { return carry + 16 * D * i + 8 * c; };
-        Word2 before[2 * count][2 * n];  // all of it asked for before any is waited for
-#pragma unroll
-        for (int i = 0; i < 2 * count; ++i) {
-#pragma unroll
-          for (int c = 0; c < 2 * n; ++c) before[i][c] = load_global<Word2>(at(i, c), turn > 0);
-        }
-#pragma unroll
-        for (int i = 0; i < 2 * count; ++i) {
-#pragma unroll
-          for (int c = 0; c < 2 * n; ++c) {
-            float* two = acc[i / 2][c] + i % 2 * 2;
-            two[0] += as_float(before[i][c].x[0]), two[1] += as_float(before[i][c].x[1]);
-            store_global(at(i, c), Word2{{as_word(two[0]), as_word(two[1])}}, !last_turn);
-          }
-        }
-        if (!last_turn) return;
-      }
-      T* row = static_cast<T*>(p.d_qkv) + in_d_qkv(item) + part * third + column;
-      row += int64_t(p.key_token(frame, 0) + key0 + g) * token_stride;
-#pragma unroll
-      for (int i = 0; i < 2 * count; ++i) {
-        const int key = key0 + 8 * i + g;
-#pragma unroll
-        for (int c = 0; c < n; ++c) {
-          const float *l = acc[i / 2][2 * c] + i % 2 * 2, *r = acc[i / 2][2 * c + 1] + i % 2 * 2;
-          store_16_columns(row + 16 * c, l, r, factor, count == 2 || key < p.patches);
-        }
-        row += 8 * token_stride;
-      }
-      if (count == 2 || key0 + 16 <= p.patches) return;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int key = key0 + 8 * i + g;
-#pragma unroll
-        for (int c = 0; c < 2 * n; ++c)
-          add_to_sum(acc[0][c][2 * i] * factor, acc[0][c][2 * i + 1] * factor, part, key - p.patches,
-                     column + 8 * c + 2 * j, key >= p.patches && key < keys);
-      }
-    };
-
-    auto phase_2 = [&](int c) {
-      const Lane<C> in(not_ahead(thread) & 31);
-      constexpr int per_keys = 2 * D / C::columns, n = C::columns / 16;  // shares of 32 keys
-#pragma unroll 1
-      for (int share = not_ahead(thread) >> 5; share < chunk / 32 * per_keys; share += warps) {
-        const int local = share / per_keys * 32, key0 = c * chunk + local;
-        const int column = share % per_keys * C::columns, part = column < D ? 1 : 2, of_part = column % D;
-        const uint32_t strips_at = base + C::strips_at + c % C::buffers * C::pair + (part == 1 ? 0 : C::p_after_ds);
-        const uint32_t strip_at = C::Strip::along(strips_at + in.strip_trans, local / 8);
-        const uint32_t table_at = C::Row::along(tables_at + (part == 1 ? 0 : C::table) + in.b_trans, of_part / 8);
-        if (key0 + 32 <= p.patches) {
-          float acc[2][2 * n][4] = {};
-          transposed_product<T, C, 2, n>(acc, strip_at, table_at, used);
-          leave(acc, key0, part, of_part);
-          continue;
-        }
-#pragma unroll 1
-        for (int half = 0; half < 32 && key0 + half < padded; half += 16) {  // summary keys take more code
-          float acc[1][2 * n][4] = {};
-          transposed_product<T, C, 1, n>(acc, C::Strip::along(strip_at, half / 8), table_at, used);
-          leave(acc, key0 + half, part, of_part);
-        }
-      }
-    };
-
-#pragma unroll 1
-    for (int c = 0; c < chunks; ++c) {
-      if (c) {
-        cp_async_wait<0>();
-        block_sync();  // chunk c is there; phase 1 is done with chunk c - 1, phase 2 with chunk c - buffers
-      }
-      if (fetches) {
-        const int from = c * part_rows, to = from + part_rows < C::capacity ? from + part_rows : C::capacity;
-        if (C::sets == 2 && c < parts) fetch_queries(First{}, next, next_turn, 1 - set, from, to);
-        const bool more = c + 1 < chunks;
-        fetch_keys(more ? item : next, more ? c + 1 : 0, 1 - slot);
-      }
-      cp_async_commit();
-      if (owner) phase_1(c);
-      slot = 1 - slot;
-      if (C::buffers == 1 && c + 1 < chunks) block_sync();
-      const int behind = c + 1 - C::buffers;
-      if (behind >= 0 && behind + 1 < chunks) phase_2(behind);
-    }
-    block_sync();
-    phase_2(chunks - 1);
-    load_rows(next.unit < p.units() ? next : item, next_turn);  // on their way while dQ leaves, in registers that held Q and dO
-
-    if (owner) {  // dQ
-      const int lane = not_ahead(thread) & 31, g = lane / 4, j = lane % 4;
-      T* d_q = static_cast<T*>(p.d_qkv) + in_d_qkv(item);
-#pragma unroll
-      for (int i = 0; i < 2 * tiles; ++i) {
-        const int row = first + 8 * i + g;
-        if (first + 8 * i < p.patches) {
-          T* to = d_q + int64_t(p.query_token(frame, row)) * token_stride;
-#pragma unroll
-          for (int d = 0; d < D / 16; ++d)
-            store_16_columns(to + 16 * d, own.d_q[i / 2][2 * d] + i % 2 * 2, own.d_q[i / 2][2 * d + 1] + i % 2 * 2,
-                             p.scale, row < p.patches);
-        }
-        if (first + 8 * i + 8 > p.patches && first + 8 * i < queries) {
-#pragma unroll
-          for (int c = 0; c < D / 8; ++c) {
-            const float* two = own.d_q[i / 2][c] + i % 2 * 2;
-            const bool summary = row >= p.patches && row < queries;
-            add_to_sum(two[0] * p.scale, two[1] * p.scale, 0, row - p.patches, 8 * c + 2 * j, summary);
-          }
-        }
-      }
-    }
-    if (p.sums_stay && last_turn && frame + 1 == item.end) {  // the segment's sums go out
-      block_sync();
-#pragma unroll 1
-      for (int i = not_ahead(thread); i < (3 * p.summary() * (D / 2) + 31) / 32 * 32; i += 32 * warps) {
-        const int row = i / (D / 2), column = i % (D / 2) * 2;
-        const bool active = row < 3 * p.summary() && row % p.summary() < (row < p.summary() ? p.summary() : keys - p.patches);
-        const uint32_t at = base + C::in_sums(row, row % p.summary(), column);
-        store_global(p.partials + (segment * 3 * p.summary() + row) * D + column, load_shared(at, active), active);
-      }
-    }
-    item = next, turn = next_turn;
-    set = C::sets == 2 ? 1 - set : 0;
-  }
+  block_sync();
+  // The last key warp has the fewest keys; it shares a quarter of the multiprocessor with the query warp.
+  const int owner = (warp + 3) % C::owners;
+  if (warp == C::owners) QueryWarp<T, C>(p).run();
+  else if (owner == C::owners - 1 && Block<T, C>(p).keys_fetch()) KeyWarp<T, C>(p, owner).template run<true>();
+  else KeyWarp<T, C>(p, owner).template run<false>();
 }
 
 // A warp owns dQ, dK or dV of one summary token of one (batch, head); a lane holds 4 of its columns.
@@ -538,28 +680,30 @@ template <class T, int D> VIDLA_KERNEL(128, 1) hierarchical_bwd_combine(Gradient
 }
 
 // ---- host ----------------------------------------------------------------------------------------------------------
-template <class C> constexpr bool wants_wgmma = false;
-template <int... sizes> constexpr bool wants_wgmma<Warpgroups<sizes...>> = true;
-template <class C> bool serves(const Layout& p) {
-  if constexpr (wants_wgmma<C>) return C::serves(p);
-  return true;
+template <class T, int... sizes>
+int launch_frames(const Gradient& p, Tiling<sizes...> tiling, int shared, void* stream) {
+  using C = decltype(tiling);
+  return launch<hierarchical_bwd_frames<T, C>>("bwd_frames", p.blocks, 32 * C::warps, shared, stream, p);
 }
-template <class T, class C> int launch_frames(const Gradient& p, int shared, void* stream) {
-  if constexpr (wants_wgmma<C>)
-    return launch<hierarchical_bwd_frames_wgmma<T, C>>("bwd_frames_wgmma", p.blocks, C::threads, shared, stream,
-                                                         Tiles::of(p, C{}));
-  else
-    return launch<hierarchical_bwd_frames<T, C>>("bwd_frames", p.blocks, 32 * C::warps, shared, stream, p);
+template <class T, int... sizes>
+int launch_frames(const Gradient& p, Warpgroups<sizes...> tiling, int shared, void* stream) {
+  using C = decltype(tiling);
+  return launch<hierarchical_bwd_frames_wgmma<T, C>>("bwd_frames_wgmma", p.blocks, C::threads, shared, stream,
+                                                     Tiles::of(p, tiling));
 }
 
 // With `needed`: only says whether this tiling can take the call, and how many bytes of workspace it needs.
 template <class T, class C> int run(Gradient p, const Call& c, void* stream, int64_t* needed) {
   const int heads = p.batch * p.heads, limit = shared_memory_limit(), sums = 12 * C::D * p.summary();
-  if (wants_wgmma<C> && architecture() / 10 != 9) return other_gpu;
-  if (C::sums_at > limit || !serves<C>(p)) return no_room;
-  p.sums_stay = sums <= limit - C::sums_at;
-  const int shared = C::sums_at + (p.sums_stay ? sums : 0), fit = (limit + 1024) / (shared + 1024);
+  const int needs = C::needs(p);
+  if (C::wgmma && !wgmma_runs()) return other_gpu;
+  if (needs > limit || !C::serves(p)) return no_room;
+  p.sums_stay = (needs + sums + 1024) * C::blocks <= limit + 1024;  // a block takes 1 KB more than it asks for
+  const int shared = needs + (p.sums_stay ? sums : 0), fit = (limit + 1024) / (shared + 1024);
   const int room = multiprocessors() * (fit < C::blocks ? fit : C::blocks);
+
+  const int tiles = p.padded_keys() / 16;
+  p.turns = (tiles + C::keys / 16 - 1) / (C::keys / 16), p.turn_tiles = (tiles + p.turns - 1) / p.turns;
 
   // Segments as long as possible, where the busiest block's frames are at most 5 % more than the least there can be.
   auto busiest = [&](int length) {
@@ -570,38 +714,32 @@ template <class T, class C> int run(Gradient p, const Call& c, void* stream, int
   p.blocks = p.units() < room ? p.units() : room;
 
   const int64_t partials = int64_t(heads) * p.segments * p.summary() * 3 * C::D;
-  const int64_t carry = C::capacity < p.queries() ? int64_t(p.blocks) * p.padded_keys() * 2 * C::D : 0;
+  const int64_t carry = p.turns > 1 ? int64_t(p.blocks) * C::whole_chunks(p.queries()) * C::D : 0;
   if (needed) return *needed = 4 * (partials + carry), 0;
   if (const int status = wrong_pointers(c, 4 * (partials + carry))) return status;
   watch_buffers(c);
   p.carry = p.partials + partials;
-  if (const int status = launch_frames<T, C>(p, shared, stream)) return status;
+  if (const int status = launch_frames<T>(p, C{}, shared, stream)) return status;
   const int outputs = heads * p.summary() * 3;
   return launch<hierarchical_bwd_combine<T, C::D>>("bwd_combine", (outputs + 3) / 4, 128, 0, stream, p);
 }
 
-// The tilings of a head dimension. The choice is the first one that owns as many rows as a frame has queries, with all its
-// blocks in a multiprocessor's shared memory; where there is none, the last that fits, in turns. Warps, those that own
-// rows, tiles, chunk, columns, pairs of strips, sets of tables, blocks a multiprocessor.
+// The tilings of a head dimension. The choice is the first one that owns as many keys as a frame has, with all its blocks
+// in a multiprocessor's shared memory; where there is none, the last that fits, in turns. Key warps, query warps, tiles,
+// slots, strips, blocks a multiprocessor.
 template <class...> struct List {};
 template <int D> struct Tilings;
-// Two tiles a warp, so that what is read from shared memory feeds two mma, take 250 registers: 8 warps a multiprocessor.
 template <> struct Tilings<64> {
-  using type = List<Tiling<64, 4, 4, 1, 32, 32, 1, 2, 3>,   // to 64 rows, N=49: the next frame is on its way; 65 KB
-                    Tiling<64, 4, 4, 1, 32, 32, 1, 1, 3>,   // the same in a third of an A100's shared memory
-                    Tiling<64, 4, 4, 2, 32, 32, 1, 1, 2>,   // to 128 rows: two blocks
-                    Warpgroups<208, 6, 3>,                  // to 256 rows and 208 keys, N=196, on Hopper; 211 KB
-                    Tiling<64, 8, 7, 2, 64, 32, 1, 2, 1>,   // to 224 rows, N=196: the next frame is on its way; 209 KB
-                    Tiling<64, 8, 7, 2, 64, 32, 1, 1, 1>,   // the same in an A100's shared memory
-                    Tiling<64, 8, 8, 2, 64, 32, 1, 1, 1>>;  // to 256 rows, and more in turns
+  using type = List<Tiling<64, 2, 2, 4, 2, 2>,   // to 64 keys, N=49
+                    Warpgroups<208, 6, 3>,       // to 256 rows and 208 keys, N=196, on Hopper; 211 KB
+                    Tiling<64, 7, 2, 4, 2, 1>>;  // to 224 keys, N=196, and more in turns
 };
 template <> struct Tilings<32> {
-  using type = List<Tiling<32, 4, 4, 2, 32, 16, 2, 1, 2>, Tiling<32, 8, 8, 2, 64, 16, 1, 2, 1>>;
+  using type = List<Tiling<32, 2, 2, 4, 2, 2>, Tiling<32, 7, 2, 4, 2, 1>>;
 };
-// Two tiles would spill here.
-template <> struct Tilings<80> { using type = List<Tiling<80, 10, 10, 1, 32, 16, 1, 1, 1>>; };
-template <> struct Tilings<96> { using type = List<Tiling<96, 12, 12, 1, 32, 16, 1, 1, 1>>; };
-template <> struct Tilings<128> { using type = List<Tiling<128, 8, 8, 1, 32, 32, 2, 1, 1>>; };
+template <> struct Tilings<80> { using type = List<Tiling<80, 7, 1, 4, 2, 1>>; };
+template <> struct Tilings<96> { using type = List<Tiling<96, 7, 1, 4, 2, 1>>; };
+template <> struct Tilings<128> { using type = List<Tiling<128, 7, 1, 3, 2, 1>>; };
 
 // Calls f with the numbered tiling, if there is one.
 template <class F, class... Cs> bool visit(List<Cs...>, int variant, F f) {
@@ -624,9 +762,10 @@ inline int choose_backward(const Call& c) {
     bool fits = false, whole = false;
     auto look = [&](auto tiling) {
       using C = decltype(tiling);
-      fits = (C::sums_at + 1024) * C::blocks <= shared_memory_limit() + 1024;  // a block takes 1 KB more than it asks for
-      fits = fits && serves<C>(layout_of(c));
-      whole = C::capacity >= c.patches + c.summary;
+      const Layout p = layout_of(c);
+      const bool room = (C::needs(p) + 1024) * C::blocks <= shared_memory_limit() + 1024;  // a block takes 1 KB more than it asks for
+      fits = room && C::serves(p) && (!C::wgmma || wgmma_runs());
+      whole = C::keys >= p.padded_keys();
     };
     if (visit(c.head_dim, variant, look)) break;  // past the last
     if (fits && whole) return variant;
@@ -639,7 +778,7 @@ inline int backward(const Call& c, void* stream, int64_t* needed) {
   if (const int status = wrong_sizes(c)) return status;
   if (c.qkv_token != int32_t(c.qkv_token)) return bad_layout;
   const Gradient p{layout_of(c), c.qkv,   c.out,   c.d_out, c.lse, c.d_qkv, static_cast<float*>(c.workspace),
-                   nullptr,      c.scale, c.scale * log2_e, 0, 0, 0, false};
+                   nullptr,      c.scale, c.scale * log2_e, 0, 0, 0, 0, 0, false};
   int status = 0;
   const int unserved = visit(c.head_dim, c.variant < 0 ? choose_backward(c) : c.variant, [&](auto tiling) {
     using C = decltype(tiling);
@@ -667,11 +806,7 @@ VIDLA_EXPORT const char* vidla_hierarchical_backward_variant(int head_dim, int v
   static thread_local char text[128];
   const int missing = vidla::visit(head_dim, variant, [&](auto tiling) {
     using C = decltype(tiling);
-    if constexpr (vidla::wants_wgmma<C>)
-      snprintf(text, sizeof text, "wgmma, %d warps, %d rows, %d keys, %d tiles in a ring", C::warps, C::capacity, C::keys, C::ring);
-    else
-      snprintf(text, sizeof text, "%d rows a turn, %d warps, %d tiles, %d keys, %d strips, %d sets, %d blocks", C::capacity,
-               C::warps, C::tiles, C::chunk, C::buffers, C::sets, C::blocks);
+    C::describe(text, sizeof text);
   });
   return missing ? nullptr : text;
 }

@@ -3,6 +3,8 @@
 #pragma once
 #include "hierarchical.cuh"
 
+#include <cstdio>
+
 namespace vidla {
 
 struct Gradient : Layout {
@@ -10,10 +12,11 @@ struct Gradient : Layout {
   const float* lse;  // (B, H, S), base 2, as the forward leaves it
   void* d_qkv;
   float* partials;  // (B, H, segments, 3, G, D) summary tokens' dQ, dK, dV; dK and dV by key: MST, then CLS
-  float* carry;     // (blocks, padded keys, 2, D) dK, dV between turns; untouched where one turn is enough
+  float* carry;     // (blocks, queries in whole chunks, D) dQ between turns; untouched where one turn is enough
   float scale, scale_log2;
   int blocks;    // of the grid; each takes every blocks-th (batch, segment, head)
   int segments, segment_frames;  // frames are taken up in segments of so many; the last may have fewer
+  int turns, turn_tiles;         // over a frame's keys, so many tiles of 16 a turn; the last may have fewer
   bool sums_stay;  // in shared memory until the segment ends; else in `partials`
 
   VIDLA_HOST_DEVICE int units() const { return batch * segments * heads; }
@@ -35,13 +38,13 @@ struct Item {
 };
 
 // Two columns of each of two neighbouring 8-column tiles; lanes trade so that each stores 4 columns, 4 lanes a full
-// 32-byte sector. `row` is where the 16 columns begin.
+// 32-byte sector. `to`: column 2 j of the 16, or 2 j + 6 where j is odd.
 template <class T>
-VIDLA_DEVICE void store_16_columns(T* row, const float* l, const float* r, float factor, bool active) {
-  const int j = thread_index() & 3;
+VIDLA_DEVICE void store_16_columns(T* to, const float* l, const float* r, float factor, bool active) {
+  const bool odd = thread_index() & 1;
   const uint32_t left = pack<T>(l[0] * factor, l[1] * factor), right = pack<T>(r[0] * factor, r[1] * factor);
-  const uint32_t other = shuffle_xor(j % 2 ? left : right, 1);
-  store_global(row + (j % 2 ? 8 + 2 * (j - 1) : 2 * j), j % 2 ? Word2{{other, right}} : Word2{{left, other}}, active);
+  const uint32_t other = shuffle_xor(odd ? left : right, 1);
+  store_global(to, odd ? Word2{{other, right}} : Word2{{left, other}}, active);
 }
 
 }  // namespace vidla

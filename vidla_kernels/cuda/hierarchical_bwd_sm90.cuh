@@ -54,7 +54,13 @@ template <int keys_, int ring_, int ahead_> struct Warpgroups {
   // Whether it can take such frames, here: tiles are fetched no further ahead than the next frame.
   static bool serves(const Layout& p) {
     const bool sizes = p.keys() <= keys && p.queries() > 2 * tile && p.queries() <= capacity;
-    return sizes && sums_at + 12 * D * p.summary() <= shared_memory_limit() && architecture() / 10 == 9;
+    return sizes && sums_at + 12 * D * p.summary() <= shared_memory_limit();
+  }
+  static constexpr bool wgmma = true;
+  static int needs(const Layout&) { return sums_at; }  // bytes, without the sums
+  static int whole_chunks(int) { return 0; }           // all keys in one turn
+  static void describe(char* text, size_t size) {
+    snprintf(text, size, "wgmma, H100: %d warps, %d rows, %d keys, %d tiles in a ring", warps, capacity, keys, ring);
   }
 };
 
@@ -68,7 +74,7 @@ struct Tiles : Gradient {
 };
 
 template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_wgmma(Tiles p) {
-  if constexpr (!has_wgmma) return;
+  if constexpr (!has_wgmma) return wgmma_fence();  // traps
   constexpr int D = C::D, ring = C::ring, ahead = C::ahead, row_bytes = C::Row::bytes;
   const int thread = thread_index(), warp = warp_index(), group = warp / 4;
   const uint32_t base = shared_base();
@@ -280,7 +286,8 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
         T* at = to + int64_t(token) * 3 * p.heads * D;
 #pragma unroll
         for (int c = 0; c < D / 16; ++c)
-          store_16_columns(at + 16 * c, acc + 8 * c + 2 * h, acc + 8 * c + 4 + 2 * h, factor, row >= begin && row < p.patches);
+          store_16_columns(at + 16 * c + (j % 2 ? 2 * j + 6 : 2 * j), acc + 8 * c + 2 * h, acc + 8 * c + 4 + 2 * h, factor,
+                           row >= begin && row < p.patches);
         registers_fence(acc);
       }
       if (row0 + 16 <= p.patches || row0 < begin || row0 >= end) return;
