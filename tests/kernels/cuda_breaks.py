@@ -689,7 +689,7 @@ BREAKS = (
         "wgmma: dS is not waited for",
         "        mbarrier_wait(base + C::ds_full + 8 * pair, n);\n",
         "",
-        "emulation",
+        "values",
         quick=True,
         hopper=True,
     ),
