@@ -1,20 +1,20 @@
 // Hierarchical attention, backward, on Hopper (sm_90a), with wgmma: what hierarchical_bwd.cu launches there where a frame's
 // keys fit. Same arguments, same results, same partial sums for the same combine kernel.
 //
-// Tiling. A block stays and takes frame after frame, as there. All K and V of a frame are in shared memory, and so are, in
-// parts that arrive while this frame is worked on, those of the next. Four warpgroups own 64 keys each (the last one those at
-// the end of the table, which may be its neighbour's as well; what both compute only the neighbour stores). Q and dO pass by in
-// tiles of 32 queries, a ring that knows no frames. For each tile a warpgroup computes, keys by queries,
-//     S' = K Q' and dP' = V dO'          from shared memory
+// Tiling. A block stays and takes frame after frame, as there. All K and V of a frame are in shared memory, and so are, as they
+// arrive while this frame is worked on, those of the next. Q and dO pass by in tiles of 32 queries, a ring that knows no frames;
+// an odd number of tiles is made even by one without rows. Three warpgroups own 64 keys each. For each tile they compute, keys
+// by queries,
+//     S' = K Q' and dP' - delta = V dO' - delta          from shared memory; the accumulator starts from -delta
 //     P' = exp2(scale_log2 S' - lse), dS' = P' (dP' - delta)
 //     dV += P' dO, dK += dS' Q           P' and dS' as they lie in registers, packed, are what wgmma takes
-// and dK and dV stay in its registers until the frame ends: they are written once, by nobody else. dS' goes to shared memory
-// too, 64 queries a slot. When all four warpgroups have filled it, one of them, each in its turn, computes those queries' dQ =
-// dS K, 32 numbers a thread, and writes it. Nobody waits for the others but at mbarriers: full and empty for tiles, for slots
-// of dS, for keys.
-// Who fetches: half the threads copy dO, load O into registers and leave delta, the diagonal of dO O', with the tile, when both
-// have come; the others copy Q and the rows' lse. O is read once, dO is read once. A tile is asked for `ahead` tiles before it
-// is needed, and declared to be there one before that.
+// and dK and dV stay in their registers until the frame ends: they are written once, by nobody else. dS' goes to shared memory
+// too, 64 queries a slot. The fourth warpgroup owns the last 16 keys, of which 64 would be too many: it computes them queries
+// by keys, two tiles at a time, and dK and dV transposed; and when dS of a slot is whole it computes those queries' dQ = dS K,
+// 32 numbers a thread, and writes it. Nobody waits for the others but at mbarriers: full and empty for tiles, for slots of dS,
+// for keys.
+// Who fetches: the three, each every third tile. It copies Q and dO, and a tile later, while it waits for products, loads O and
+// lse and leaves -delta, minus the diagonal of dO O', with the tile. O is read once, dO is read once.
 //
 // Rows that see nothing here have lse = +inf, as in hierarchical_bwd.cu. dS of keys past the last is never written, and zero.
 #pragma once
