@@ -137,8 +137,9 @@ _ROWS: dict[tuple[str, tuple[int, ...], str, tuple[int, ...]], tuple[Tile, ...]]
     ("hier_backward_frames", (90,), "half", (32, 64)): (Tile(64, 64, 4, 3, keep=True),),
     ("hier_backward_frames", (80, 90), "half", (80, 96, 128)): (),
     ("hier_backward_frames", (80, 90), "fp32", HEAD_DIMS): (),
-    # B/16: one program of 8 warps an SM, 255 registers, and yet less waiting than in two kernels that read everything twice:
-    # 664 us where those take 745. At 128 registers two programs run, 16 keys at a time: 557, but 19 spills in the loop.
+    # B/16: one program of 8 warps an SM, 255 registers. Everything is read once, and it takes no longer than two kernels that
+    # read it twice (predicted 717 us; those 704 to 743). At 128 registers two programs run, 16 keys at a time: a sixth faster,
+    # but 19 spills in the loop.
     ("hier_backward_frame", (90,), "half", (64,)): (Tile(256, 64, 8, 3),),
     # Larger frames: of several tiles that which pads least, N=196 to 256 rows either way, N=256 to 320 instead of 384.
     # 8 warps at 128 registers are 2 programs, one more register and it is one; fewer programs read each key, so L2 moves less.
