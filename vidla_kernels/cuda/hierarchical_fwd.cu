@@ -546,8 +546,8 @@ template <class T> int dispatch(const Problem& p, int dim, int variant, void* st
 
 // See the lists.
 inline int choose(const Call& c) {
-  if (!wgmma_runs()) return 0;
   const Layout layout = layout_of(c);
+  if (!wgmma_runs() || layout.keys() <= 64) return 0;  // so small frames' summary rows stay in registers: fewer bytes
   int number = mma_variants(c.head_dim);
 #define VIDLA_FITS(D, n, chunk, groups, registers)                                                 \
   if (c.head_dim == D) {                                                                    \
