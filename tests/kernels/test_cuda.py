@@ -254,7 +254,7 @@ def test_auto_does_not_pick_cuda_without_a_measurement(device):
         assert backends.choose("auto", backends.Case(device, dtype, 64, B16, op)) != "cuda"
 
 
-@pytest.mark.parametrize("plan", ["triton/cuda", "cuda:0/triton", "cuda:2/cuda:1"])
+@pytest.mark.parametrize("plan", ["triton/cuda", "cuda:0/triton", "cuda:2/cuda:0"])
 def test_forward_and_backward_by_kernels_of_two_backends(plan, device, seed, monkeypatch):
     """What one forward saves serves the other's backward, and a tiling asked for by number is the one that runs."""
     if reason := backends.missing("triton", device):

@@ -66,7 +66,7 @@ FRAMES += [TokenLayout(2, 68), TokenLayout(2, 196), TokenLayout(1, 257)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs its own tiles")
-@pytest.mark.parametrize(("layout", "dtype"), product(FRAMES, (torch.float16, torch.bfloat16)), ids=str)
+@pytest.mark.parametrize(("layout", "dtype"), list(product(FRAMES, (torch.float16, torch.bfloat16))), ids=str)
 def test_tiles_of_h100(layout, dtype, device, seed, monkeypatch):
     """The interpreter runs A100's tiles unless it is told otherwise; H100's take other paths through the kernels."""
     monkeypatch.setattr(tiles, "DEFAULT_ARCH", 90)
@@ -74,7 +74,7 @@ def test_tiles_of_h100(layout, dtype, device, seed, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs its own kernels")
-@pytest.mark.parametrize(("layout", "dtype"), product(FRAMES, (torch.float16, torch.bfloat16)), ids=str)
+@pytest.mark.parametrize(("layout", "dtype"), list(product(FRAMES, (torch.float16, torch.bfloat16))), ids=str)
 def test_cuda_kernels_of_h100(layout, dtype, device, seed, monkeypatch):
     """The emulation plays an A100 unless it is told otherwise; an H100 has kernels of its own."""
     monkeypatch.setenv("VIDLA_EMULATE_ARCH", "90")
