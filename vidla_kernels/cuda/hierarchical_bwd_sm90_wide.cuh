@@ -261,6 +261,8 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
   auto turn_of = [&](int barriers, int pair) { return base + barriers + 8 * (pair & 3); };  // of a pair of all
   auto await = [&](int barriers, int pair) { mbarrier_wait(turn_of(barriers, pair), pair >> 2); };
   auto await_ds_empty = [&] { await(C::ds_empty, count - C::slots); };  // dQ of what was in the slot is done
+  // Who has the other keys and dQ of the pair at hand: neither who fetches, nor who finishes a tile, at its first tile.
+  auto is_mine = [&] { return 2 * (count & 1) + (count >> 1 & 1) == group; };
   auto go_on = [&] {
     if (slot % 2) ds_at = both_ds - ds_at, ++count;  // a pair's second tile
     ++slot;
@@ -467,7 +469,7 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
           cp_async_commit();
         }
       };
-      const bool has_turn = t % 2 == 0 && count % C::groups == group;
+      const bool has_turn = t % 2 == 0 && is_mine();
       if (has_turn) rest_of(t / 2);
       mbarrier_wait(base + C::full + 8 * slot, phase);
       if (t >= p.tiles) {  // an odd number of tiles is made even by one without rows
@@ -570,7 +572,7 @@ template <class T, class C> VIDLA_KERNEL(C::threads, 1) hierarchical_bwd_frames_
     }
     leave(d_v, 2, mine, 0, p.key_rows, 1);
     leave(d_k, 1, mine, 0, p.key_rows, p.scale);
-    if (count % C::groups == group) d_q_of(p.pairs - 1);
+    if (is_mine()) d_q_of(p.pairs - 1);
     mbarrier_arrive(base + C::keys_empty + 8 * buffer);
     if (more) {  // V is there
       cp_async_wait<0>();
