@@ -14,6 +14,13 @@ class Break(NamedTuple):
     seen_by: str = ""  # how it must be noticed: "emulation" raises, "values" are off, or "counters"; may be several
     quick: bool = False  # part of every run of the tests
     hopper: bool = False  # in the kernels for H100 (*_sm90.cuh); what those and the others have in common is elsewhere
+    wide: bool = False  # in that for wide frames (*_sm90_wide.cuh)
+
+    def is_in(self, file: str) -> bool:
+        """Whether the text is to be looked for in this file."""
+        if self.hopper or self.wide:
+            return file.endswith("_sm90_wide.cuh" if self.wide else "_sm90.cuh")
+        return "_sm90" not in file
 
 
 BREAKS = (
@@ -806,5 +813,79 @@ BREAKS = (
         "wgmma<T, 16, false, false>(s, advance(q, 32 * d), advance(k, 32 * d + 256)",
         "emulation",
         hopper=True,
+    ),
+    Break(
+        "backward",
+        "wide: dS is not waited for",
+        "    await(C::ds_full, count - 1);\n",
+        "",
+        "emulation",
+        quick=True,
+        wide=True,
+    ),
+    Break(
+        "backward",
+        "wide: dS of two pairs ago is still needed",
+        "      if (t % 2 == 0) await_ds_empty();\n",
+        "",
+        "emulation",
+        wide=True,
+    ),
+    Break(
+        "backward",
+        "wide: P of the other keys is not waited for",
+        "    fence_async();\n    group_sync();\n    const uint64_t b_p",
+        "    fence_async();\n    const uint64_t b_p",
+        "emulation",
+        wide=True,
+    ),
+    Break(
+        "backward",
+        "wide: the next V over that in use",
+        "          group_sync();\n          fetch_values",
+        "          fetch_values",
+        "emulation",
+        wide=True,
+    ),
+    Break(
+        "backward",
+        "wide: the next V is not waited for",
+        "    if (more) {  // V is there\n      cp_async_wait<0>();",
+        "    if (more) {  // V is there",
+        "emulation",
+        wide=True,
+    ),
+    Break(
+        "backward",
+        "wide: the next V is not made visible",
+        "      fence_async();\n      group_sync();\n    }\n",
+        "      group_sync();\n    }\n",
+        "emulation",
+        wide=True,
+    ),
+    Break(
+        "backward",
+        "wide: each pair starts the other keys' sums afresh",
+        "item.opens && pair == 0;",
+        "item.opens;",
+        "values",
+        quick=True,
+        wide=True,
+    ),
+    Break(
+        "backward",
+        "wide: V of the other keys of another frame",
+        "base + C::v_rest_at + buffer * C::rest_bytes",
+        "base + C::v_rest_at + (1 - buffer) * C::rest_bytes",
+        "emulation",
+        wide=True,
+    ),
+    Break(
+        "backward",
+        "wide: keys are never left",
+        "    mbarrier_arrive(base + C::keys_empty + 8 * buffer);\n    if (more)",
+        "    if (more)",
+        "emulation",
+        wide=True,
     ),
 )

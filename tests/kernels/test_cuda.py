@@ -83,6 +83,28 @@ def test_on_an_h100_the_forward_multiplies_by_wgmma_where_a_frames_keys_fit(layo
     check(ours, dense_runs("hierarchical", qkv, grad, layout), gold, layout.num_summary, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "layout", [TokenLayout(2, 256), TokenLayout(3, 244, 5, 3, 2, patches_see_cls=True), TokenLayout(3, 209, 0)], ids=str
+)
+def test_on_an_h100_the_backward_multiplies_by_wgmma_where_a_frames_patches_fit(layout, dtype, device, seed, monkeypatch):
+    """In the same order, too, whichever warps come first: the last keys' sums go from warpgroup to warpgroup."""
+    qkv, grad = Case(layout, heads=3, dtype=dtype).draw("hierarchical", device)
+    words = cuda_binding.variants("backward", 64, device)[cuda_binding.choice("backward", qkv, layout)]
+    if device.type == "cpu" or torch.cuda.get_device_capability()[0] == 9:
+        assert "wgmma" in words
+        assert "272 keys" in words
+    monkeypatch.setenv("VIDLA_EMULATE_SMS", str((1, 2, 132)[seed % 3]))
+    gold = run("hierarchical", qkv.double(), grad.double(), layout, "reference")
+    out, lse = cuda_binding.forward(qkv, layout, 0.125)
+    runs = []
+    for order in ("0", "1"):
+        monkeypatch.setenv("VIDLA_EMULATE_SEED", order)
+        runs.append(cuda_binding.backward(grad, qkv, out, lse, layout, 0.125))
+    check(Parts(out, runs[0]), dense_runs("hierarchical", qkv, grad, layout), gold, layout.num_summary, dtype)
+    assert torch.equal(*runs)
+
+
 def tiling(qkv, layout) -> str:
     """What the forward of these tensors runs by default, in words."""
     return cuda_binding.variants("forward", qkv.shape[-1], qkv.device)[cuda_binding.choice("forward", qkv, layout)]

@@ -36,6 +36,8 @@ CASES = (
 )
 # Enough rows for the backward with wgmma, and keys for its last warpgroup; the other tilings have had enough.
 LARGE = Case(TokenLayout(3, 190, 2, 3, 2), heads=2, dtype=torch.bfloat16)
+# The same for that of wide frames, with summary keys among the first 256 and behind them, and an odd number of tiles.
+WIDE = Case(TokenLayout(3, 253, 2, 3, 2), heads=2, dtype=torch.bfloat16)
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() or shutil.which("g++") is None, reason="about the emulation: without a GPU, with g++"
 )
@@ -64,7 +66,7 @@ class Sound(NamedTuple):
 
 def variants(name: str, case: Case) -> list[int]:
     words = cuda_binding.variants(name, case.head_dim, torch.device("cpu"))
-    if case is LARGE:
+    if case in (LARGE, WIDE):
         return [variant for variant, said in words.items() if name == "backward" and "wgmma" in said]
     return [-1, *words][:-1]
 
@@ -74,7 +76,7 @@ def sound() -> list[Sound]:
     found = []
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("VIDLA_EMULATE_ARCH", "90")
-        for case in (*CASES, LARGE):
+        for case in (*CASES, LARGE, WIDE):
             qkv, grad = case.draw("hierarchical", torch.device("cpu"))
             gold = run("hierarchical", qkv.double(), grad.double(), case.layout, "reference")
             scale = case.head_dim**-0.5
@@ -110,7 +112,7 @@ def libraries(tmp_path_factory) -> dict[Break, Path]:
         broken, folder = CHOSEN[number], scratch / str(number)
         folder.mkdir()
         for name, text in sources(broken).items():
-            if broken.hopper == name.endswith("_sm90.cuh"):
+            if broken.is_in(name):
                 text = text.replace(broken.old, broken.new)
             (folder / name).write_text(re.sub(r"\b(dispatch|run)<fp16\b", r"\1<bf16", text))  # half as much to compile
         cuda_emulate.compile_library(folder, folder / "broken.so", ("-O0",), processes=1)
@@ -123,7 +125,7 @@ def libraries(tmp_path_factory) -> dict[Break, Path]:
 def test_every_break_has_its_place():
     """A break that no longer finds its text tests nothing."""
     for broken in BREAKS:
-        mine = [text for name, text in sources(broken).items() if broken.hopper == name.endswith("_sm90.cuh")]
+        mine = [text for name, text in sources(broken).items() if broken.is_in(name)]
         places = sum(text.count(broken.old) for text in mine)
         assert places == 1, f"{broken.kernel}, {broken.what}: its text stands {places} times in the sources"
 
@@ -135,7 +137,7 @@ def test_break_is_noticed(broken, sound, libraries, monkeypatch, seed):
     monkeypatch.setattr(cuda_binding, "library", lambda _: library)
     seen: dict[str, str] = {}
     for sample in sound:
-        if (sample.case is LARGE) != (broken.hopper and broken.kernel == "backward"):
+        if (sample.case is LARGE) != (broken.hopper and broken.kernel == "backward") or (sample.case is WIDE) != broken.wide:
             continue
         for variant in [v for name, v in sample.counts if name == broken.kernel]:
             try:

@@ -25,7 +25,7 @@
 // itself. No atomics: the same bits every run. Where shared memory has no room, the sums wait in global memory, in L2.
 // More keys than the warps own: several turns; dQ waits in `carry`, where the thread that wrote a sum is the one that
 // takes it up again, in a place of the block's own that L2 keeps.
-#include "hierarchical_bwd_sm90.cuh"
+#include "hierarchical_bwd_sm90_wide.cuh"
 
 
 namespace vidla {
@@ -692,6 +692,13 @@ int launch_frames(const Gradient& p, Warpgroups<sizes...> tiling, int shared, vo
                                                      Tiles::of(p, tiling));
 }
 
+template <class T, int... sizes>
+int launch_frames(const Gradient& p, WideWarpgroups<sizes...> tiling, int shared, void* stream) {
+  using C = decltype(tiling);
+  return launch<hierarchical_bwd_frames_wide_wgmma<T, C>>("bwd_frames_wide_wgmma", p.blocks, C::threads, shared, stream,
+                                                          Tiles::of(p, tiling));
+}
+
 // With `needed`: only says whether this tiling can take the call, and how many bytes of workspace it needs.
 template <class T, class C> int run(Gradient p, const Call& c, void* stream, int64_t* needed) {
   const int heads = p.batch * p.heads, limit = shared_memory_limit(), sums = 12 * C::D * p.summary();
@@ -732,6 +739,7 @@ template <int D> struct Tilings;
 template <> struct Tilings<64> {
   using type = List<Tiling<64, 2, 2, 4, 2, 2>,   // to 64 keys, N=49
                     Warpgroups<208, 6, 3>,       // to 256 rows and 208 keys, N=196, on Hopper; 211 KB
+                    WideWarpgroups<272, 4, 3>,   // to 256 patches and 272 keys, N=256, on Hopper; 226 KB
                     Tiling<64, 7, 2, 4, 2, 1>>;  // to 224 keys, N=196, and more in turns
 };
 template <> struct Tilings<32> {

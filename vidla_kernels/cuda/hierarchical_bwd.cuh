@@ -1,5 +1,6 @@
 // Hierarchical attention, backward: what its kernels share. The tilings with mma.sync are in hierarchical_bwd.cu, with the
-// launchers and the kernel that adds up what summary tokens get; those with Hopper's wgmma in hierarchical_bwd_sm90.cuh.
+// launchers and the kernel that adds up what summary tokens get; those with Hopper's wgmma in hierarchical_bwd_sm90.cuh and,
+// for wider frames, hierarchical_bwd_sm90_wide.cuh.
 #pragma once
 #include "hierarchical.cuh"
 
