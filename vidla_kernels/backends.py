@@ -19,12 +19,12 @@ from typing import Literal
 import torch
 
 from . import cuda_binding, tiles, tuned
+from .cuda_binding import PASSES
 from .layout import TokenLayout
 
 # Best first on a GPU. The CUDA kernels have never run on one: they come behind Triton's until a measurement says otherwise.
 NAMES = ("triton", "cuda", "portable", "reference")
 KERNELS = ("triton", "cuda")  # which run behind the registered operators
-PASSES = ("forward", "backward")
 _KERNEL = r"(triton|cuda(:\d+)?)"
 _PLAN = re.compile(rf"{'|'.join(NAMES)}|{_KERNEL}(/{_KERNEL})?")
 
@@ -86,10 +86,14 @@ def _cuda_refuses(device: torch.device, dtype: torch.dtype, head_dim: int, *layo
     return cuda_binding.refuses(device, dtype, head_dim, TokenLayout.from_ints(layout))
 
 
+def part(plan: str, name: str) -> str:
+    """What a plan says of one pass ("forward", "backward"), as in "cuda:2"."""
+    return plan.split("/")[-1 if name == "backward" else 0]
+
+
 def for_pass(plan: str, name: str) -> tuple[str, int]:
-    """Backend and variant of one pass ("forward", "backward") of a plan; variant -1 is the backend's own choice."""
-    parts = plan.split("/")
-    backend, _, variant = parts[-1 if name == "backward" else 0].partition(":")
+    """Backend and variant of one pass of a plan; variant -1 is the backend's own choice."""
+    backend, _, variant = part(plan, name).partition(":")
     return backend, int(variant or -1)
 
 

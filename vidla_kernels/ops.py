@@ -105,21 +105,20 @@ def _rows_contiguous(qkv: torch.Tensor) -> torch.Tensor:
     return qkv if qkv.stride(-1) == 1 else qkv.contiguous()
 
 
-def _tube_kernels(backend: str) -> tuple[Callable, Callable]:
-    """Forward and backward."""
+def _tube_kernel(backend: str, name: str) -> Callable:
+    """The function of one pass, "forward" or "backward"."""
     if backend == "native":
-        return cpu_binding.tube_forward, cpu_binding.tube_backward
+        return getattr(cpu_binding, f"tube_{name}")
     from . import triton_tube
 
-    return triton_tube.forward, triton_tube.backward
+    return getattr(triton_tube, name)
 
 
 @torch.library.custom_op(
     f"{NAMESPACE}::tube_attention", mutates_args=(), schema="(Tensor qkv, int[] layout, float scale, str backend) -> Tensor"
 )
 def _tube(qkv, layout, scale, backend):
-    forward, _ = _tube_kernels(backend)
-    return forward(_rows_contiguous(qkv), _layout(*layout), scale)
+    return _tube_kernel(backend, "forward")(_rows_contiguous(qkv), _layout(*layout), scale)
 
 
 @torch.library.custom_op(
@@ -128,12 +127,11 @@ def _tube(qkv, layout, scale, backend):
     schema="(Tensor grad_out, Tensor qkv, int[] layout, float scale, str backend) -> Tensor",
 )
 def _tube_backward(grad_out, qkv, layout, scale, backend):
-    _, backward = _tube_kernels(backend)
-    return backward(grad_out.contiguous(), _rows_contiguous(qkv), _layout(*layout), scale)
+    return _tube_kernel(backend, "backward")(grad_out.contiguous(), _rows_contiguous(qkv), _layout(*layout), scale)
 
 
 def _hierarchical_kernel(plan: str, name: str) -> Callable:
-    """The function of one pass, "forward" or "backward"."""
+    """As `_tube_kernel`, of a plan (backends.py)."""
     backend, variant = for_pass(plan, name)
     if backend == "native":
         return getattr(cpu_binding, name)

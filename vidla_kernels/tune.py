@@ -264,7 +264,7 @@ def tune(
             for name in PASSES:
                 best, seconds = tuner.backend(attention, name, cuda_plans(case, name, device))
                 say(f"{case} {name}: " + ", ".join(f"{plan} {s * 1e6:.1f} us" for plan, s in seconds.items()))
-                kernel = best.split("/")[-1 if name == "backward" else 0]
+                kernel = backends.part(best, name)
                 key = tuned.backend_key(case.op, name, tiles.kind(case.dtype), case.D, case.N)
                 chosen[key] = kernel if chosen.get(key, kernel) == kernel else "triton"  # shapes of one class that disagree
         keep(device, bandwidth, {}, chosen)
